@@ -1,0 +1,312 @@
+"""The configuration: official YACS defaults, YAML files with ``BASE`` inheritance, ``--opts``, flags. In that order.
+
+Later sources override earlier ones; a flag counts only when it was given. An unknown key names the nearest known one.
+"""
+
+import ast
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as CN
+
+_C = CN()
+_C.BASE = [""]  # YAML files to start from, relative to the file that names them
+
+_C.DATA = CN()
+_C.DATA.BATCH_SIZE = 128  # per process
+_C.DATA.DATA_PATH = ""
+_C.DATA.DATASET = "imagenet"
+_C.DATA.IMG_SIZE = 224
+_C.DATA.INTERPOLATION = "bicubic"
+_C.DATA.ZIP_MODE = False
+_C.DATA.CACHE_MODE = "part"
+_C.DATA.PIN_MEMORY = True
+_C.DATA.NUM_WORKERS = 8  # per process; capped at its share of the machine's cores
+_C.DATA.MASK_PATCH_SIZE = 32
+_C.DATA.MASK_RATIO = 0.6
+
+_C.MODEL = CN()
+_C.MODEL.TYPE = "swin"
+_C.MODEL.NAME = "swin_tiny_patch4_window7_224"
+_C.MODEL.PRETRAINED = ""
+_C.MODEL.RESUME = ""
+_C.MODEL.NUM_CLASSES = 1000
+# True: a run takes NUM_CLASSES from the data folder. Giving NUM_CLASSES in a file or in --opts turns it off.
+_C.MODEL.NUM_CLASSES_FROM_DATA = True
+_C.MODEL.DROP_RATE = 0.0
+_C.MODEL.DROP_PATH_RATE = 0.1
+_C.MODEL.LABEL_SMOOTHING = 0.1
+_C.MODEL.ATTENTION_BACKEND = "auto"  # see models/attention.py
+
+
+def _swin_defaults(**extra: Any) -> CN:
+    return CN(
+        {
+            "PATCH_SIZE": 4,
+            "IN_CHANS": 3,
+            "EMBED_DIM": 96,
+            "DEPTHS": [2, 2, 6, 2],
+            "NUM_HEADS": [3, 6, 12, 24],
+            "WINDOW_SIZE": 7,
+            "MLP_RATIO": 4.0,
+            "APE": False,
+            "PATCH_NORM": True,
+            **extra,
+        }
+    )
+
+
+_C.MODEL.SWIN = _swin_defaults(QKV_BIAS=True, QK_SCALE=None)
+_C.MODEL.SWINV2 = _swin_defaults(QKV_BIAS=True, PRETRAINED_WINDOW_SIZES=[0, 0, 0, 0])
+_C.MODEL.SWIN_MLP = _swin_defaults()
+_C.MODEL.SWIN_MOE = _swin_defaults(
+    QKV_BIAS=True,
+    QK_SCALE=None,
+    MLP_FC2_BIAS=True,
+    INIT_STD=0.02,
+    PRETRAINED_WINDOW_SIZES=[0, 0, 0, 0],
+    MOE_BLOCKS=[[-1], [-1], [-1], [-1]],
+    NUM_LOCAL_EXPERTS=1,
+    TOP_VALUE=1,
+    CAPACITY_FACTOR=1.25,
+    COSINE_ROUTER=False,
+    NORMALIZE_GATE=False,
+    USE_BPR=True,
+    IS_GSHARD_LOSS=False,
+    GATE_NOISE=1.0,
+    COSINE_ROUTER_DIM=256,
+    COSINE_ROUTER_INIT_T=0.5,
+    MOE_DROP=0.0,
+    AUX_LOSS_WEIGHT=0.01,
+)
+_C.MODEL.SIMMIM = CN({"NORM_TARGET": {"ENABLE": False, "PATCH_SIZE": 47}})
+
+_C.TRAIN = CN()
+_C.TRAIN.START_EPOCH = 0
+_C.TRAIN.EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 20
+_C.TRAIN.WEIGHT_DECAY = 0.05
+_C.TRAIN.BASE_LR = 5e-4  # for 512 images per update; scaled linearly to the batch that is used
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 does not clip
+_C.TRAIN.AUTO_RESUME = True
+_C.TRAIN.ACCUMULATION_STEPS = 1
+_C.TRAIN.USE_CHECKPOINT = False
+_C.TRAIN.MAX_NONFINITE_STEPS = 25  # in a row, then training stops with an error
+_C.TRAIN.LAYER_DECAY = 1.0
+_C.TRAIN.LR_SCHEDULER = CN()
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+_C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = True
+_C.TRAIN.LR_SCHEDULER.GAMMA = 0.1
+_C.TRAIN.LR_SCHEDULER.MULTISTEPS = []
+_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER.NAME = "adamw"
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+_C.TRAIN.MOE = CN({"SAVE_MASTER": False})
+
+_C.AUG = CN()
+_C.AUG.COLOR_JITTER = 0.4
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+_C.AUG.HFLIP = 0.5  # probability of a horizontal flip; digits and text want 0
+_C.AUG.REPROB = 0.25
+_C.AUG.REMODE = "pixel"
+_C.AUG.RECOUNT = 1
+_C.AUG.MIXUP = 0.8
+_C.AUG.CUTMIX = 1.0
+_C.AUG.CUTMIX_MINMAX = None
+_C.AUG.MIXUP_PROB = 1.0
+_C.AUG.MIXUP_SWITCH_PROB = 0.5
+_C.AUG.MIXUP_MODE = "batch"
+
+_C.TEST = CN()
+_C.TEST.CROP = True
+_C.TEST.SEQUENTIAL = False
+_C.TEST.SHUFFLE = False
+
+_C.ENABLE_AMP = False  # the SimMIM scripts' switch
+_C.AMP_ENABLE = True  # the other scripts' switch
+_C.AMP_OPT_LEVEL = ""  # of the times of apex; only O0 (no AMP) still has a meaning
+_C.AMP_DTYPE = "auto"  # auto, bf16, fp16 or fp32
+_C.OUTPUT = ""
+_C.TAG = "default"
+_C.SAVE_FREQ = 1  # epochs
+_C.SAVE_STEPS = 0  # also after this many batches within an epoch; 0: only at its end
+_C.PRINT_FREQ = 10  # steps between reads of device values
+_C.SEED = 0
+_C.DETERMINISTIC = False
+_C.EVAL_MODE = False
+_C.THROUGHPUT_MODE = False
+_C.LOCAL_RANK = 0
+_C.FUSED_WINDOW_PROCESS = False
+_C.FUSED_LAYERNORM = False
+
+# A flag's attribute on ``args``: the key that it sets. The scripts' parsers and `get_config` share this table.
+FLAG_KEYS = {
+    "batch_size": "DATA.BATCH_SIZE",
+    "data_path": "DATA.DATA_PATH",
+    "zip": "DATA.ZIP_MODE",
+    "cache_mode": "DATA.CACHE_MODE",
+    "pretrained": "MODEL.PRETRAINED",
+    "resume": "MODEL.RESUME",
+    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
+    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
+    "amp_opt_level": "AMP_OPT_LEVEL",
+    "amp_dtype": "AMP_DTYPE",
+    "output": "OUTPUT",
+    "tag": "TAG",
+    "eval": "EVAL_MODE",
+    "throughput": "THROUGHPUT_MODE",
+    "enable_amp": "ENABLE_AMP",
+    "fused_window_process": "FUSED_WINDOW_PROCESS",
+    "fused_layernorm": "FUSED_LAYERNORM",
+    "optim": "TRAIN.OPTIMIZER.NAME",
+    "local_rank": "LOCAL_RANK",
+}
+
+CHOICES = {
+    "DATA.CACHE_MODE": ("no", "full", "part"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
+    "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
+    "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
+}
+
+# Smallest allowed values; everything else is checked by the part that uses it.
+MINIMA = {
+    "DATA.BATCH_SIZE": 1,
+    "DATA.IMG_SIZE": 1,
+    "DATA.NUM_WORKERS": 0,
+    "MODEL.NUM_CLASSES": 1,
+    "TRAIN.EPOCHS": 1,
+    "TRAIN.WARMUP_EPOCHS": 0,
+    "TRAIN.ACCUMULATION_STEPS": 1,
+    "TRAIN.CLIP_GRAD": 0.0,
+    "TRAIN.MAX_NONFINITE_STEPS": 1,
+    "SAVE_FREQ": 1,
+    "SAVE_STEPS": 0,
+    "PRINT_FREQ": 1,
+}
+
+
+def nearest(name: str, known: Any) -> str:
+    """`` (did you mean …?)``, or nothing where no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def get_config(args: Any) -> CN:
+    """The frozen configuration of ``args``: any object with ``cfg`` and, optionally, the scripts' flags as attributes.
+
+    Raises ``ValueError`` for an unknown key, a value of another type or out of range, ``FileNotFoundError`` for a
+    missing file (official ``config.get_config``).
+    """
+    config = _C.clone()
+    config.defrost()
+    if getattr(args, "cfg", None):
+        merge_file(config, Path(args.cfg))
+    merge_opts(config, getattr(args, "opts", None) or [])
+    for flag, key in FLAG_KEYS.items():
+        value = getattr(args, flag, None)
+        if value is not None and value is not False:
+            set_key(config, key, value, f"--{flag.replace('_', '-')}")
+    if getattr(args, "disable_amp", False) or config.AMP_OPT_LEVEL == "O0":
+        config.AMP_ENABLE = False
+    config.LOCAL_RANK = int(os.environ.get("LOCAL_RANK", config.LOCAL_RANK))
+    config.OUTPUT = os.path.join(config.OUTPUT or "output", config.MODEL.NAME, config.TAG)
+    _check(config)
+    config.freeze()
+    return config
+
+
+def merge_file(config: CN, path: Path, seen: tuple[Path, ...] = ()) -> None:
+    """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: BASE leads back to this file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as err:
+        raise FileNotFoundError(f"--cfg {path}: no such file; official configs are under configs/") from err
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as err:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(err).split())}") from err
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected KEY: value lines, found {type(values).__name__}")
+    base = values.pop("BASE", None) or []
+    for name in [base] if isinstance(base, str) else base:
+        if name:
+            merge_file(config, path.parent / name, (*seen, path.resolve()))
+    for key, value in _leaves(values):
+        set_key(config, key, value, str(path))
+
+
+def merge_opts(config: CN, opts: list[str]) -> None:
+    """Merge ``KEY VALUE`` pairs; values are Python literals or plain strings."""
+    if len(opts) % 2:
+        raise ValueError(f"--opts takes KEY VALUE pairs, but {opts[-1]!r} has no partner")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        set_key(config, key, value, "--opts")
+
+
+def set_key(config: CN, key: str, value: Any, source: str) -> None:
+    """Set one dotted key to a value of the default's type, naming ``source`` in errors."""
+    known = dict(_leaves(_C))
+    if key not in known:
+        raise ValueError(f"{source}: unknown key {key}{nearest(key, known)}")
+    *parents, leaf = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[leaf] = _coerce(value, known[key], f"{source}: {key}")
+    if key == "MODEL.NUM_CLASSES":
+        config.MODEL.NUM_CLASSES_FROM_DATA = False
+
+
+def _leaves(node: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in node.items():
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return leaves
+
+
+def _coerce(value: Any, default: Any, where: str) -> Any:
+    """``value`` as the type of ``default``: strings are read as literals, whole numbers serve as floats."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a plain string; the check below decides
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+        return type(default)(value)
+    if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # TAG 1 is a fine tag
+    if default is None or type(value) is type(default):
+        return value
+    raise ValueError(f"{where}={value!r} is of type {type(value).__name__}, expected {type(default).__name__}")
+
+
+def _check(config: CN) -> None:
+    values = dict(_leaves(config))
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"{key}={values[key]!r}; choose from {list(choices)}")
+    for key, least in MINIMA.items():
+        if values[key] < least:
+            raise ValueError(f"{key}={values[key]}; the smallest allowed value is {least}")
+    mixed = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    if training and mixed and config.DATA.BATCH_SIZE % 2:
+        raise ValueError(f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even with mixup or cutmix, "
+                         "or set AUG.MIXUP 0 AUG.CUTMIX 0")  # fmt: skip
+
+
+def to_dict(node: CN) -> dict:
+    """The configuration as plain data, ready for JSON and for checkpoints."""
+    return {k: to_dict(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in node.items()}

@@ -1,0 +1,68 @@
+"""The official training and evaluation transforms: timm's augmentation, PIL resizing, ImageNet normalisation."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+
+
+def build_transform(is_train: bool, config: Any) -> Callable:
+    """PIL image to normalised tensor (3, IMG_SIZE, IMG_SIZE) (official ``data/build.py``)."""
+    return _train_transform(config) if is_train else _eval_transform(config)
+
+
+def _train_transform(config: Any) -> Callable:
+    aug, size = config.AUG, config.DATA.IMG_SIZE
+    transform = create_transform(
+        input_size=size,
+        is_training=True,
+        hflip=aug.HFLIP,
+        color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
+        auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
+        re_prob=aug.REPROB,
+        re_mode=aug.REMODE,
+        re_count=aug.RECOUNT,
+        interpolation=config.DATA.INTERPOLATION,
+    )
+    if _is_small(size):
+        transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+    for step in transform.transforms:
+        for op in _augment_ops(step):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = posterize
+    return transform
+
+
+def _eval_transform(config: Any) -> Callable:
+    size, steps = config.DATA.IMG_SIZE, []
+    if not _is_small(size):
+        interpolation = str_to_interp_mode(config.DATA.INTERPOLATION)
+        if config.TEST.CROP:
+            steps += [transforms.Resize(int(256 / 224 * size), interpolation), transforms.CenterCrop(size)]
+        else:
+            steps += [transforms.Resize((size, size), interpolation)]
+    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    return transforms.Compose(steps)
+
+
+def _is_small(size: int) -> bool:
+    """CIFAR-sized images are taken as they are: padded and cropped for training, not resized for evaluation."""
+    return size <= 32
+
+
+def _augment_ops(step: Any) -> Iterator[Any]:
+    """The elementary operations of a timm RandAugment or AutoAugment step; nothing for another step."""
+    yield from getattr(step, "ops", None) or []
+    for policy in getattr(step, "policy", None) or []:
+        yield from policy
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the highest bits of each channel. No bits give black, as in Pillow below 13, which timm relies on."""
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)

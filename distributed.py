@@ -1,0 +1,158 @@
+"""Processes and devices: which rank am I, where do I compute, how do ranks agree. One process needs no process group.
+
+torchrun (or ``torch.distributed.launch``) tells each process RANK, WORLD_SIZE and LOCAL_RANK through the environment;
+without them this is a single process and every collective below returns its input.
+"""
+
+import os
+import random
+import resource
+import sys
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this local rank, or the CPU. Hide accelerators (``CUDA_VISIBLE_DEVICES=``) to force the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank() >= count:
+        raise ValueError(f"LOCAL_RANK={local_rank()}, but this machine has {count} {accelerator.type} device(s); "
+                         f"start at most {count} processes per machine")  # fmt: skip
+    device = torch.device(accelerator.type, local_rank())
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def start(device: torch.device, timeout_minutes: float = 30) -> None:
+    """Join the process group that the launcher describes; do nothing for a single process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    store, this_rank, world = next(dist.rendezvous("env://"))
+    # A restarted elastic group may meet the store of its dead predecessor: stale addresses must not be read again.
+    store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        backend=dist.get_default_backend_for_device(device),
+        store=store,
+        rank=this_rank,
+        world_size=world,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=None if device.type == "cpu" else device,
+    )
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One plain object of every rank, by rank, on the main process; ``[]`` on the others."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` holds on any rank. Every rank must call it."""
+    if not dist.is_initialized():
+        return flag
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item())
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch with ``seed + rank`` as the official scripts do.
+
+    With ``deterministic``, torch refuses operators whose results differ between runs, at some cost in speed.
+    """
+    seed += rank()
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MB: of the allocator on an accelerator, of the process on a CPU."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator of this process as plain data."""
+    version, words, gauss = random.getstate()
+    name, keys, *numbers = np.random.get_state()
+    state = {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *numbers],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state["device"] = getattr(torch, device.type).get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Continue from a state of `rng_state`."""
+    version, words, gauss = state["python"]
+    name, keys, *numbers = state["numpy"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
+    torch.set_rng_state(state["torch"])
+    if device.type != "cpu" and "device" in state:
+        getattr(torch, device.type).set_rng_state(state["device"], device)
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's plain object, on every rank."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder)
+    return holder[0]

@@ -1,0 +1,499 @@
+"""The training loop, evaluation and timing that all scripts share.
+
+A script gives ``compute_loss(model, batch) -> (loss, {meter: value})``; everything else is the same for all. Values
+stay on the device until they are read together, every ``PRINT_FREQ`` steps.
+"""
+
+import json
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+import distributed
+import utils
+from config import to_dict
+from launch import Session, Stopped
+from logger import ProgressBar
+from lr_scheduler import build_scheduler
+from optimizer import build_optimizer
+
+ComputeLoss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Progress:
+    """Where training is. ``samples`` counts those of all ranks seen in the unfinished epoch."""
+
+    epoch: int = 0
+    samples: int = 0
+    updates: int = 0
+    skipped: int = 0  # updates with non-finite gradients, in all
+    skipped_in_row: int = 0
+
+
+@dataclass
+class Run:
+    """A model with all that trains it."""
+
+    session: Session
+    model: nn.Module
+    loader_train: DataLoader
+    loader_val: DataLoader | None
+    optimizer: Optimizer
+    scheduler: Any
+    scaler: utils.NativeScalerWithGradNormCount
+    classes: list[str] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    max_accuracy: float = 0.0
+    writer: SummaryWriter | None = None
+    stop_signal: int = 0
+
+    def __post_init__(self):
+        self.replica = self.model
+        if distributed.world_size() > 1:
+            devices = None if self.session.device.type == "cpu" else [self.session.device.index]
+            self.replica = DistributedDataParallel(
+                self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @property
+    def config(self) -> Any:
+        return self.session.config
+
+
+def prepare(
+    session: Session,
+    model: nn.Module,
+    loader_train: DataLoader,
+    loader_val: DataLoader | None,
+    classes: list[str] | None = None,
+) -> Run:
+    """Optimizer, schedule and scaler for ``model``, which moves to the session's device."""
+    config = session.config
+    model.to(session.device)
+    optimizer = build_optimizer(config, model)
+    updates = math.ceil(len(loader_train) / config.TRAIN.ACCUMULATION_STEPS)
+    scheduler = build_scheduler(config, optimizer, updates)
+    scaler = utils.NativeScalerWithGradNormCount(session.device.type, enabled=session.amp_dtype == torch.float16)
+    return Run(session, model, loader_train, loader_val, optimizer, scheduler, scaler, classes or [])
+
+
+def describe(session: Session, model: nn.Module) -> None:
+    """The official lines on a new model."""
+    config, logger = session.config, session.logger
+    logger.info(f"Creating model:{config.MODEL.TYPE}/{config.MODEL.NAME}")
+    logger.info(str(model))
+    logger.info(f"number of params: {sum(p.numel() for p in model.parameters() if p.requires_grad)}")
+    if hasattr(model, "flops"):
+        logger.info(f"number of GFLOPs: {model.flops() / 1e9}")
+
+
+def find_checkpoint(session: Session) -> str:
+    """What to continue from: an explicit ``MODEL.RESUME``, else the newest checkpoint of the output folder, else ``""``."""
+    config, logger = session.config, session.logger
+    if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
+        return config.MODEL.RESUME
+    found = utils.auto_resume_helper(config.OUTPUT, logger) if distributed.is_main() else None
+    found = distributed.broadcast_object(found)
+    if found:
+        logger.info(f"auto resuming from {found}")
+    else:
+        logger.info(f"no checkpoint found in {config.OUTPUT}, ignoring auto resume")
+    return found or ""
+
+
+def load_weights(session: Session, model: nn.Module, classes: list[str]) -> None:
+    """Give ``model`` the weights that `find_checkpoint` finds, for evaluation.
+
+    Raises ``ValueError`` where there are none, or where they are of another model or other classes.
+    """
+    path = find_checkpoint(session)
+    if not path:
+        raise ValueError("--eval needs weights: give --resume FILE, or --pretrained FILE")
+    saved = _resume(session, path, model, None, None, None)
+    check_classes(saved, classes, path)
+
+
+def _resume(session: Session, path: str, *parts: Any) -> dict[str, Any]:
+    session.config.defrost()
+    session.config.MODEL.RESUME = path
+    session.config.freeze()
+    return utils.resume(session.config, *parts, session.logger)
+
+
+def restore(run: Run, path: str) -> None:
+    """Continue ``run`` exactly from the checkpoint ``path``: weights, optimizer, schedule, position, generators."""
+    config, logger = run.config, run.session.logger
+    saved = _resume(run.session, path, run.model, run.optimizer, run.scheduler, run.scaler)
+    check_classes(saved, run.classes, path)
+    run.max_accuracy = saved.get("max_accuracy", 0.0)
+    if "progress" in saved:
+        run.progress = Progress(**saved["progress"])
+    else:  # an official checkpoint: whole epochs only
+        epoch = config.TRAIN.START_EPOCH
+        per_epoch = math.ceil(len(run.loader_train) / config.TRAIN.ACCUMULATION_STEPS)
+        run.progress = Progress(epoch=epoch, updates=epoch * per_epoch)
+    states = saved.get("rng", [])
+    if len(states) == distributed.world_size():
+        distributed.set_rng_state(states[distributed.rank()], run.session.device)
+    else:
+        logger.warning(f"{path} holds the generators of {len(states)} process(es), not of "
+                       f"{distributed.world_size()}: random draws start anew")  # fmt: skip
+
+
+def check_classes(saved: dict[str, Any], classes: list[str], path: str) -> None:
+    """Raise ``ValueError`` where a checkpoint names other classes than the data has."""
+    theirs = saved.get("classes") or classes
+    if theirs != classes:
+        strange = sorted(set(classes) ^ set(theirs))[:5]
+        raise ValueError(f"{path} was trained on {len(theirs)} classes, the data has {len(classes)}; they differ in "
+                         f"{', '.join(strange) or 'their order'}")  # fmt: skip
+
+
+def fit(run: Run, compute_loss: ComputeLoss) -> float:
+    """Train from where ``run`` is to ``TRAIN.EPOCHS``; validate and save after each epoch. Returns the best accuracy.
+
+    Raises:
+        Stopped: after SIGTERM or SIGINT, once the state is saved.
+        FloatingPointError: after ``TRAIN.MAX_NONFINITE_STEPS`` updates in a row with non-finite gradients.
+    """
+    config, logger = run.config, run.session.logger
+    if distributed.is_main():
+        path = Path(config.OUTPUT) / "config.json"
+        path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        logger.info(f"Full config saved to {path}")
+        run.writer = SummaryWriter(config.OUTPUT, purge_step=run.progress.updates + 1)
+    logger.info("Start training")
+    began = time.time()
+    try:
+        with _stop_on_signals(run):
+            while run.progress.epoch < config.TRAIN.EPOCHS:
+                train_one_epoch(run, compute_loss)
+                _finish_epoch(run)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
+    logger.info(f"Training time {timedelta(seconds=int(time.time() - began))}")
+    return run.max_accuracy
+
+
+def _finish_epoch(run: Run) -> None:
+    """Validate, then save, so that the best accuracy in the file is up to date."""
+    config, progress = run.config, run.progress
+    epoch = progress.epoch
+    if run.loader_val is not None:
+        acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
+        run.max_accuracy = max(run.max_accuracy, acc1)
+        run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
+        write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
+    progress.epoch, progress.samples = epoch + 1, 0
+    stop = distributed.any_rank(bool(run.stop_signal), run.session.device)
+    if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
+        save(run)
+    if stop:
+        raise Stopped(run.stop_signal or signal.SIGTERM)
+
+
+def save(run: Run) -> None:
+    """Write all that an exact continuation needs; the main process writes, every rank must call it."""
+    progress = run.progress
+    generators = distributed.gather_objects(distributed.rng_state(run.session.device))
+    if distributed.is_main():
+        done = progress.samples // (run.config.DATA.BATCH_SIZE * distributed.world_size())
+        utils.save_checkpoint(
+            run.config,
+            progress.epoch if done else progress.epoch - 1,
+            run.model,
+            run.max_accuracy,
+            run.optimizer,
+            run.scheduler,
+            run.scaler,
+            run.session.logger,
+            step=done,
+            progress=asdict(progress),
+            rng=generators,
+            classes=run.classes,
+        )
+    distributed.barrier()
+
+
+@contextmanager
+def _stop_on_signals(run: Run) -> Iterator[None]:
+    """Note SIGTERM and SIGINT for the loop to save and stop; a second Ctrl-C, 3 seconds later, stops at once."""
+    first = 0.0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        if run.stop_signal and number == signal.SIGINT and time.monotonic() - first > 3:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
+        run.stop_signal = number
+        run.session.logger.warning(f"signal {number}: saving at the next update, then stopping")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
+    """The rest of the epoch at which ``run`` is."""
+    config, progress, loader = run.config, run.progress, run.loader_train
+    epoch, steps, group = progress.epoch, len(loader), config.TRAIN.ACCUMULATION_STEPS
+    world_size = distributed.world_size()
+    first = min(progress.samples // (config.DATA.BATCH_SIZE * world_size), steps)
+    loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+    run.model.train()
+    run.optimizer.zero_grad()
+    meters = EpochMeters(run, first)
+    bar = ProgressBar(f"epoch {epoch}", steps, distributed.is_main(), first)
+    began, last_saved = time.time(), first
+    for step, batch in enumerate(loader, first):
+        updates_now = (step + 1) % group == 0 or step + 1 == steps
+        members = group if step < steps - steps % group else steps % group
+        with nullcontext() if updates_now or world_size == 1 else run.replica.no_sync():
+            with run.session.autocast():
+                loss, values = compute_loss(run.replica, _to_device(batch, run.session.device))
+            norm = run.scaler(
+                loss / members,
+                run.optimizer,
+                clip_grad=config.TRAIN.CLIP_GRAD,
+                parameters=run.model.parameters(),
+                update_grad=updates_now,
+            )
+        meters.add(loss, norm, values)
+        if updates_now:
+            run.optimizer.zero_grad()
+            run.scheduler.step_update(progress.updates)
+            progress.updates += 1
+        progress.samples += config.DATA.BATCH_SIZE * world_size
+        bar.update(step + 1)
+        stop = False
+        if step % config.PRINT_FREQ == 0 or step + 1 == steps:
+            stop = meters.read(step)
+        if updates_now:
+            stop = stop or (world_size == 1 and bool(run.stop_signal))
+            due = config.SAVE_STEPS and step + 1 - last_saved >= config.SAVE_STEPS and step + 1 < steps
+            if stop or due:
+                meters.flush(step)
+                save(run)
+                last_saved = step + 1
+            if stop:
+                bar.close()
+                raise Stopped(run.stop_signal or signal.SIGTERM)
+    bar.close()
+    run.session.logger.info(f"EPOCH {epoch} training takes {timedelta(seconds=int(time.time() - began))}")
+
+
+class EpochMeters:
+    """Collects an epoch's values on the device; reads, averages, logs and checks them from time to time."""
+
+    def __init__(self, run: Run, first_step: int):
+        self.run = run
+        self.pending: list[dict[str, Tensor]] = []
+        self.totals: dict[str, list[float]] = {}  # name: sum, count, last
+        self.first_step = first_step
+        self.began = self.last_read = time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor | None, values: dict[str, Tensor]) -> None:
+        row = {"loss": loss, **values}
+        if norm is not None:
+            row["grad_norm"] = norm
+        self.pending.append({name: value.detach() for name, value in row.items()})
+
+    def read(self, step: int) -> bool:
+        """Read, check and log the steps up to ``step``. Returns whether any rank wants to stop."""
+        count = len(self.pending)
+        window, stop = self._collect(step)
+        if not count:
+            return stop
+        now = time.perf_counter()
+        seconds, self.last_read = (now - self.last_read) / count, now
+        self._log(step, seconds, (now - self.began) / (step + 1 - self.first_step), window)
+        return stop
+
+    def flush(self, step: int) -> None:
+        """Take in what is pending, before the state is saved; nothing is logged."""
+        self._collect(step)
+
+    def _collect(self, step: int) -> tuple[dict[str, float], bool]:
+        """One transfer for all pending values, averaged over ranks. Returns the window's means, and the stop flag."""
+        if not self.pending:
+            return {}, False
+        flat = [value.float().reshape(()) for row in self.pending for value in row.values()]
+        flag = torch.tensor(float(bool(self.run.stop_signal)), device=flat[0].device)
+        numbers = distributed.all_reduce_sum(torch.stack([*flat, flag])) / distributed.world_size()
+        *numbers, stop = numbers.tolist()
+        window: dict[str, list[float]] = {}
+        numbers = iter(numbers)
+        rows = [{name: next(numbers) for name in row} for row in self.pending]
+        for offset, row in enumerate(rows):
+            self._check(row, step - len(rows) + 1 + offset)
+            for name, value in row.items():
+                if math.isfinite(value):
+                    total = self.totals.setdefault(name, [0.0, 0, 0.0])
+                    total[:] = total[0] + value, total[1] + 1, value
+                    window.setdefault(name, []).append(value)
+        self.pending.clear()
+        return {name: statistics.fmean(values) for name, values in window.items()}, stop > 0
+
+    def _check(self, row: dict[str, float], step: int) -> None:
+        """Count an update that was skipped, and stop after too many in a row."""
+        if "grad_norm" not in row:
+            return
+        progress, train = self.run.progress, self.run.config.TRAIN
+        if math.isfinite(row["grad_norm"]):
+            progress.skipped_in_row = 0
+            return
+        progress.updates -= 1  # the schedule counts the updates that were made
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        self.run.session.logger.warning(
+            f"epoch {progress.epoch} step {step}: gradient norm {row['grad_norm']}, loss {row['loss']:.4g}; update "
+            f"skipped ({progress.skipped_in_row} in a row, {progress.skipped} in all)"
+        )
+        if progress.skipped_in_row >= train.MAX_NONFINITE_STEPS:
+            raise FloatingPointError(
+                f"{progress.skipped_in_row} updates in a row had non-finite gradients, the last at epoch "
+                f"{progress.epoch} step {step} (loss {row['loss']:.4g}); lower TRAIN.BASE_LR, try --amp-dtype fp32, or "
+                f"raise TRAIN.MAX_NONFINITE_STEPS={train.MAX_NONFINITE_STEPS}. Saved checkpoints are as they were"
+            )
+
+    def _log(self, step: int, seconds: float, seconds_mean: float, window: dict[str, float]) -> None:
+        run, progress = self.run, self.run.progress
+        steps, group = len(run.loader_train), run.optimizer.param_groups[0]
+        scale = run.scaler.get_scale()
+        total = self.totals.setdefault("loss_scale", [0.0, 0, 0.0])
+        total[:] = total[0] + scale, total[1] + 1, scale
+        memory = distributed.peak_memory_mb(run.session.device)
+        meters = [self._meter(name) for name in ("loss", "grad_norm", "loss_scale")]
+        meters += [self._meter(name) for name in self.totals if name not in ("loss", "grad_norm", "loss_scale")]
+        run.session.logger.info(
+            f"Train: [{progress.epoch}/{run.config.TRAIN.EPOCHS}][{step}/{steps}]\t"
+            f"eta {timedelta(seconds=int(seconds_mean * (steps - step)))} lr {group['lr']:.6f}\t "
+            f"wd {group['weight_decay']:.4f}\t"
+            f"time {seconds:.4f} ({seconds_mean:.4f})\t"
+            + "\t".join(meters)
+            + f"\tmem {memory:.0f}MB"
+        )
+        images = run.config.DATA.BATCH_SIZE * distributed.world_size()
+        scalars = {f"train/{name}": value for name, value in window.items()}
+        scalars |= {
+            "train/learning_rate": group["lr"],
+            "train/loss_scale": scale,
+            "train/skipped_updates": progress.skipped,
+            "train/images_per_second": images / seconds,
+            "train/memory_mb": memory,
+        }
+        write_scalars(run, scalars)
+
+    def _meter(self, name: str) -> str:
+        total, count, last = self.totals.get(name, (math.nan, 1, math.nan))
+        return f"{name} {last:.4f} ({total / max(count, 1):.4f})"
+
+
+def write_scalars(run: Run, scalars: dict[str, float]) -> None:
+    """To TensorBoard, on the main process, by the number of updates."""
+    if run.writer is not None:
+        for name, value in scalars.items():
+            run.writer.add_scalar(name, value, run.progress.updates)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    return [part.to(device, non_blocking=True) for part in batch]
+
+
+@torch.inference_mode()
+def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[float, float, float]:
+    """Top-1 and top-5 accuracy in percent, and the mean cross-entropy; each image counts once on any number of ranks.
+
+    ``model`` is the bare module: ranks may have different numbers of batches.
+    """
+    config, logger, device = session.config, session.logger, session.device
+    model.eval()
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(4, dtype=precision, device=device)  # loss, top-1, top-5, images
+    bar = ProgressBar("evaluation", len(loader), distributed.is_main())
+    began = last = time.perf_counter()
+    for step, batch in enumerate(loader):
+        images, targets = _to_device(batch, device)
+        with session.autocast():
+            logits = model(images)
+        sums += _scores(logits.float(), targets).to(precision)
+        bar.update(step + 1)
+        if step % config.PRINT_FREQ == 0:
+            loss, acc1, acc5 = _means(sums)
+            now = time.perf_counter()
+            seconds, last = (now - last) / (1 if step == 0 else config.PRINT_FREQ), now
+            logger.info(
+                f"Test: [{step}/{len(loader)}]\tTime {seconds:.3f} ({(now - began) / (step + 1):.3f})\t"
+                f"Loss {loss:.4f} ({loss:.4f})\tAcc@1 {acc1:.3f} ({acc1:.3f})\tAcc@5 {acc5:.3f} ({acc5:.3f})\t"
+                f"Mem {distributed.peak_memory_mb(device):.0f}MB"
+            )
+    bar.close()
+    loss, acc1, acc5 = _means(distributed.all_reduce_sum(sums))
+    logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
+    logger.info(f"Accuracy of the network on the {int(sums[3])} test images: {acc1:.1f}%")
+    return acc1, acc5, loss
+
+
+def _scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums over a batch: cross-entropy, top-1 hits, top-5 hits, images."""
+    top = logits.topk(min(5, logits.shape[1])).indices
+    hits = (top == targets[:, None]).float()
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))])
+
+
+def _means(sums: Tensor) -> tuple[float, float, float]:
+    loss, top1, top5, images = sums.tolist()
+    return loss / images, 100 * top1 / images, 100 * top5 / images
+
+
+@torch.inference_mode()
+def throughput(session: Session, model: nn.Module, runs: int = 30) -> float:
+    """Images per second of the model alone, on noise of the configured batch and image size, with autocast as set.
+
+    Warm-up, then ``runs`` timed passes in a row for the official line, then as many singly for the latencies.
+    """
+    config, logger, device = session.config, session.logger, session.device
+    batch = config.DATA.BATCH_SIZE
+    model.to(device).eval()
+    channels = model.patch_embed.in_chans
+    images = torch.randn(batch, channels, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
+
+    def passes(count: int) -> float:
+        distributed.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(count):
+            with session.autocast():
+                model(images)
+        distributed.synchronize(device)
+        return time.perf_counter() - began
+
+    passes(5 if device.type == "cpu" else 50)
+    logger.info(f"throughput averaged with {runs} times")
+    rate = runs * batch / passes(runs)
+    logger.info(f"batch_size {batch} throughput {rate}")
+    latencies = sorted(1000 * passes(1) for _ in range(runs))
+    p50, p90, p99 = (latencies[min(int(share * runs), runs - 1)] for share in (0.5, 0.9, 0.99))
+    logger.info(f"latency of a batch in ms: p50 {p50:.2f} p90 {p90:.2f} p99 {p99:.2f}")
+    logger.info(f"peak memory {distributed.peak_memory_mb(device):.0f}MB")
+    return rate

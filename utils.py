@@ -1,0 +1,327 @@
+"""Checkpoints on disk, gradient scaling: the official ``utils.py`` around the pure functions of `checkpoint`."""
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import distributed
+from checkpoint import pretrained_state, strict_state
+from config import to_dict
+from optimizer import load_optimizer_state
+
+# What official checkpoints pickle besides tensors: a yacs config, read here as a plain dict, and NumPy scalars.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+OFFICIAL_PICKLES = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+]
+CHECKPOINT_NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
+
+
+def load_checkpoint(
+    config: Any,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    lr_scheduler: Any | None,
+    loss_scaler: "NativeScalerWithGradNormCount | None",
+    logger: logging.Logger,
+) -> float:
+    """Continue from ``MODEL.RESUME``: weights and, unless ``EVAL_MODE``, everything else.
+
+    Returns the best accuracy so far and sets ``TRAIN.START_EPOCH`` (official ``utils.load_checkpoint``).
+    """
+    saved = resume(config, model, optimizer, lr_scheduler, loss_scaler, logger)
+    return saved.get("max_accuracy", 0.0)
+
+
+def resume(
+    config: Any,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    lr_scheduler: Any | None,
+    loss_scaler: "NativeScalerWithGradNormCount | None",
+    logger: logging.Logger,
+) -> dict[str, Any]:
+    """As `load_checkpoint`; returns what else the file holds (position, generators, class names, best accuracy).
+
+    Raises ``ValueError`` where the file is not a checkpoint of this model.
+    """
+    path = config.MODEL.RESUME
+    logger.info(f"==============> Resuming form {path}....................")  # sic: people parse it
+    saved = read_checkpoint(path)
+    weights = saved.pop("model")
+    try:
+        model.load_state_dict(strict_state(weights, model.state_dict()))
+    except ValueError as err:
+        raise ValueError(f"{path}: {err}") from err
+    if config.EVAL_MODE or optimizer is None or "optimizer" not in saved or "epoch" not in saved:
+        return saved
+    try:
+        load_optimizer_state(optimizer, saved.pop("optimizer"))
+    except (ValueError, KeyError) as err:
+        raise ValueError(f"{path}: its optimizer state is not that of {type(optimizer).__name__} here: {err}") from err
+    if lr_scheduler is not None and "lr_scheduler" in saved:
+        lr_scheduler.load_state_dict(saved.pop("lr_scheduler"))
+    if loss_scaler is not None and saved.get("scaler"):
+        loss_scaler.load_state_dict(saved["scaler"])
+    config.defrost()
+    config.TRAIN.START_EPOCH = saved["epoch"] + 1
+    config.freeze()
+    logger.info(f"=> loaded successfully '{path}' (epoch {saved['epoch']})")
+    return saved
+
+
+def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger) -> None:
+    """Start from the weights of ``MODEL.PRETRAINED``, resized to this model (official ``utils.load_pretrained``).
+
+    Raises ``ValueError`` where weights other than position tables and the head do not fit.
+    """
+    path = config.MODEL.PRETRAINED
+    logger.info(f"==============> Loading weight {path} for fine-tuning......")
+    try:
+        state, notes = pretrained_state(read_checkpoint(path)["model"], model.state_dict(), rows_22k_to_1k())
+    except ValueError as err:
+        raise ValueError(f"{path}: {err}") from err
+    model.load_state_dict(state)
+    for note in notes:
+        logger.info(note)
+    logger.info(f"=> loaded successfully '{path}'")
+
+
+def rows_22k_to_1k() -> list[int]:
+    """For each ImageNet-1K class, its row in an ImageNet-22K head (made by ``tools/make_22k_map.py``)."""
+    return [int(line) for line in (Path(__file__).parent / "data" / "map22kto1k.txt").read_text().split()]
+
+
+def save_checkpoint(
+    config: Any,
+    epoch: int,
+    model: nn.Module,
+    max_accuracy: float,
+    optimizer: Optimizer,
+    lr_scheduler: Any,
+    loss_scaler: "NativeScalerWithGradNormCount",
+    logger: logging.Logger,
+    step: int = 0,
+    **extra: Any,
+) -> Path:
+    """Write ``OUTPUT/ckpt_epoch_{epoch}.pth`` after an epoch (official ``utils.save_checkpoint``).
+
+    Args:
+        step: batches of this epoch done so far, if it is not finished; the file is then named after it, and its
+            ``epoch`` is the last finished one.
+        extra: plain data and tensors to keep beside the official keys.
+
+    Returns:
+        The file's path. It appears complete or not at all; files of the same epoch's earlier steps are removed.
+    """
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "max_accuracy": max_accuracy,
+        "scaler": loss_scaler.state_dict(),
+        "epoch": epoch - 1 if step else epoch,
+        "config": to_dict(config),
+        **extra,
+    }
+    folder = Path(config.OUTPUT)
+    path = folder / (f"ckpt_epoch_{epoch}_step_{step}.pth" if step else f"ckpt_epoch_{epoch}.pth")
+    logger.info(f"{path} saving......")
+    write_atomically(state, path)
+    logger.info(f"{path} saved !!!")
+    for other in folder.glob("ckpt_epoch_*_step_*.pth"):
+        if _progress_of(other) < _progress_of(path):
+            other.unlink()
+    return path
+
+
+def write_atomically(state: dict[str, Any], path: Path) -> None:
+    """Save to a temporary file, flush it to the disk, rename it: a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as plain data on the CPU, from a file or an ``https`` URL. Nothing in it is executed.
+
+    A bare state dict is taken as ``{"model": …}``.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is truncated, or holds anything but tensors and plain data.
+    """
+    file = download(str(path)) if str(path).startswith("https:") else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals(OFFICIAL_PICKLES):
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        culprit = re.search(r"(?:GLOBAL|global|class|Unsupported)\S* (\S+)", str(err))
+        raise ValueError(
+            f"{path}: refused, since it is not only tensors and plain data"
+            f"{f' ({culprit[1]})' if culprit else ''}; loading it could run code. Save its state dict alone"
+        ) from err
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as err:
+        raise ValueError(f"{path}: truncated or not a checkpoint; use another one, or copy it again") from err
+    if not isinstance(saved, dict) or not saved:
+        raise ValueError(f"{path}: expected a checkpoint with the key 'model', found {type(saved).__name__}")
+    if "model" not in saved:
+        if not all(isinstance(value, Tensor) for value in saved.values()):
+            raise ValueError(f"{path}: no key 'model' among {sorted(map(str, saved))[:8]}")
+        saved = {"model": saved}
+    return saved
+
+
+def download(url: str) -> Path:
+    """Fetch ``https://…/file.pth`` or ``https://…/file.pth#sha256=…`` once per machine, into torch's cache.
+
+    The digest, or one that the file name ends in (``-0123abcd.pth``), is checked.
+
+    Raises ``ValueError`` where the digest differs or the address cannot be reached.
+    """
+    address, _, fragment = url.partition("#")
+    digest = fragment.removeprefix("sha256=") or None
+    if digest is None and (named := re.search(r"-([0-9a-f]{8,})\.pth$", address)):
+        digest = named[1]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
+    if distributed.local_rank() == 0 and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(file), progress=False)
+        except OSError as err:
+            raise ValueError(f"{address}: cannot be downloaded: {err}") from err
+    distributed.barrier()
+    if digest and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(digest):
+        raise ValueError(f"{file}: its sha256 does not begin with {digest}; delete it and download {address} again")
+    return file
+
+
+def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = None) -> str | None:
+    """The checkpoint of ``output_dir`` that is furthest in training and loads, or None where there is none.
+
+    Files that do not load are passed over and named in the log.
+
+    Raises ``ValueError`` where none loads: training must not silently begin again.
+    """
+    candidates = [path for path in Path(output_dir).glob("ckpt_epoch_*.pth") if CHECKPOINT_NAME.fullmatch(path.name)]
+    for path in sorted(candidates, key=_progress_of, reverse=True):
+        try:
+            read_checkpoint(path)
+        except ValueError as err:
+            if logger is not None:
+                logger.warning(f"auto-resume passed over {err}")
+            continue
+        return str(path)
+    if candidates:
+        raise ValueError(f"{output_dir}: none of its {len(candidates)} checkpoint(s) loads; move them away to start "
+                         "anew, or name one with --resume")  # fmt: skip
+    return None
+
+
+def _progress_of(path: Path) -> tuple[int, int]:
+    """(epochs finished, batches of the next one) from a checkpoint's name."""
+    epoch, step = CHECKPOINT_NAME.fullmatch(path.name).groups()
+    return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
+
+
+def get_grad_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all gradients together, on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
+
+
+def reduce_tensor(tensor: Tensor) -> Tensor:
+    """The mean over ranks."""
+    return distributed.all_reduce_sum(tensor.clone()) / distributed.world_size()
+
+
+class NativeScalerWithGradNormCount:
+    """Backward, unscale, clip, step, in one call; a step with non-finite gradients leaves everything as it was.
+
+    Args:
+        device_type: where gradients live; the accelerator, or the CPU, if None.
+        enabled: scale the loss, as float16 needs; the official default on an accelerator.
+    """
+
+    state_dict_key = "amp_scaler"
+
+    def __init__(self, device_type: str | None = None, enabled: bool | None = None):
+        device_type = device_type or distributed.pick_device().type
+        enabled = device_type != "cpu" if enabled is None else enabled
+        self._scaler = torch.amp.GradScaler(device_type, enabled=enabled)
+
+    def __call__(
+        self,
+        loss: Tensor,
+        optimizer: Optimizer,
+        clip_grad: float | None = None,
+        parameters: Iterable[Tensor] | None = None,
+        create_graph: bool = False,
+        update_grad: bool = True,
+    ) -> Tensor | None:
+        """Add the gradients of ``loss``; with ``update_grad``, also step.
+
+        Returns:
+            The gradient norm before clipping, on the device, or None without ``update_grad``. It is not finite where
+            the step was skipped.
+        """
+        self._scaler.scale(loss).backward(create_graph=create_graph)
+        if not update_grad:
+            return None
+        if parameters is None:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+        parameters = list(parameters)
+        self._scaler.unscale_(optimizer)
+        norm = get_grad_norm(parameters)
+        if clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        if self._scaler.is_enabled():
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        else:
+            _step_if_finite(optimizer, norm)
+        return norm
+
+    def get_scale(self) -> float:
+        """The loss scale; 1 where losses are not scaled. Reads a device value."""
+        return self._scaler.get_scale()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict or not self._scaler.is_enabled():  # a run without scaling leaves an empty state
+            self._scaler.load_state_dict(state_dict)
+
+
+def _step_if_finite(optimizer: Optimizer, norm: Tensor) -> None:
+    """Step unless ``norm`` is infinite or NaN; decided on the device where the optimizer can (as for GradScaler)."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = None
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif torch.isfinite(norm).item():
+        optimizer.step()
