@@ -69,7 +69,7 @@ def strict_state(state: State, expected: State) -> dict[str, Tensor]:
 def pretrained_state(
     state: State, expected: State, rows_22k_to_1k: Sequence[int] | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """``state`` made to fit a model of another resolution, window or class count, as in the official ``load_pretrained``.
+    """``state`` made to fit a model of another resolution, window or class count (official ``load_pretrained``).
 
     Position tables are resized bicubically; a 21,841-class head becomes a 1,000-class one by the given rows; another
     head that does not fit is set to zero.

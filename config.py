@@ -6,16 +6,17 @@ Later sources override earlier ones; a flag counts only when it was given. An un
 import ast
 import difflib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from yacs.config import CfgNode as CN
+from yacs.config import CfgNode
 
-_C = CN()
+_C = CfgNode()
 _C.BASE = [""]  # YAML files to start from, relative to the file that names them
 
-_C.DATA = CN()
+_C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # per process
 _C.DATA.DATA_PATH = ""
 _C.DATA.DATASET = "imagenet"
@@ -28,7 +29,7 @@ _C.DATA.NUM_WORKERS = 8  # per process; capped at its share of the machine's cor
 _C.DATA.MASK_PATCH_SIZE = 32
 _C.DATA.MASK_RATIO = 0.6
 
-_C.MODEL = CN()
+_C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"
 _C.MODEL.NAME = "swin_tiny_patch4_window7_224"
 _C.MODEL.PRETRAINED = ""
@@ -42,8 +43,8 @@ _C.MODEL.LABEL_SMOOTHING = 0.1
 _C.MODEL.ATTENTION_BACKEND = "auto"  # see models/attention.py
 
 
-def _swin_defaults(**extra: Any) -> CN:
-    return CN(
+def _swin_defaults(**extra: Any) -> CfgNode:
+    return CfgNode(
         {
             "PATCH_SIZE": 4,
             "IN_CHANS": 3,
@@ -82,9 +83,9 @@ _C.MODEL.SWIN_MOE = _swin_defaults(
     MOE_DROP=0.0,
     AUX_LOSS_WEIGHT=0.01,
 )
-_C.MODEL.SIMMIM = CN({"NORM_TARGET": {"ENABLE": False, "PATCH_SIZE": 47}})
+_C.MODEL.SIMMIM = CfgNode({"NORM_TARGET": {"ENABLE": False, "PATCH_SIZE": 47}})
 
-_C.TRAIN = CN()
+_C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0
 _C.TRAIN.EPOCHS = 300
 _C.TRAIN.WARMUP_EPOCHS = 20
@@ -98,21 +99,21 @@ _C.TRAIN.ACCUMULATION_STEPS = 1
 _C.TRAIN.USE_CHECKPOINT = False
 _C.TRAIN.MAX_NONFINITE_STEPS = 25  # in a row, then training stops with an error
 _C.TRAIN.LAYER_DECAY = 1.0
-_C.TRAIN.LR_SCHEDULER = CN()
+_C.TRAIN.LR_SCHEDULER = CfgNode()
 _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
 _C.TRAIN.LR_SCHEDULER.WARMUP_PREFIX = True
 _C.TRAIN.LR_SCHEDULER.GAMMA = 0.1
 _C.TRAIN.LR_SCHEDULER.MULTISTEPS = []
-_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER = CfgNode()
 _C.TRAIN.OPTIMIZER.NAME = "adamw"
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
-_C.TRAIN.MOE = CN({"SAVE_MASTER": False})
+_C.TRAIN.MOE = CfgNode({"SAVE_MASTER": False})
 
-_C.AUG = CN()
+_C.AUG = CfgNode()
 _C.AUG.COLOR_JITTER = 0.4
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 _C.AUG.HFLIP = 0.5  # probability of a horizontal flip; digits and text want 0
@@ -126,7 +127,7 @@ _C.AUG.MIXUP_PROB = 1.0
 _C.AUG.MIXUP_SWITCH_PROB = 0.5
 _C.AUG.MIXUP_MODE = "batch"
 
-_C.TEST = CN()
+_C.TEST = CfgNode()
 _C.TEST.CROP = True
 _C.TEST.SEQUENTIAL = False
 _C.TEST.SHUFFLE = False
@@ -201,7 +202,7 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def get_config(args: Any) -> CN:
+def get_config(args: Any) -> CfgNode:
     """The frozen configuration of ``args``: any object with ``cfg`` and, optionally, the scripts' flags as attributes.
 
     Raises ``ValueError`` for an unknown key, a value of another type or out of range, ``FileNotFoundError`` for a
@@ -225,7 +226,7 @@ def get_config(args: Any) -> CN:
     return config
 
 
-def merge_file(config: CN, path: Path, seen: tuple[Path, ...] = ()) -> None:
+def merge_file(config: CfgNode, path: Path, seen: tuple[Path, ...] = ()) -> None:
     """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
     if path.resolve() in seen:
         raise ValueError(f"{path}: BASE leads back to this file")
@@ -245,7 +246,7 @@ def merge_file(config: CN, path: Path, seen: tuple[Path, ...] = ()) -> None:
         set_key(config, key, value, str(path))
 
 
-def merge_opts(config: CN, opts: list[str]) -> None:
+def merge_opts(config: CfgNode, opts: list[str]) -> None:
     """Merge ``KEY VALUE`` pairs; values are Python literals or plain strings."""
     if len(opts) % 2:
         raise ValueError(f"--opts takes KEY VALUE pairs, but {opts[-1]!r} has no partner")
@@ -253,7 +254,7 @@ def merge_opts(config: CN, opts: list[str]) -> None:
         set_key(config, key, value, "--opts")
 
 
-def set_key(config: CN, key: str, value: Any, source: str) -> None:
+def set_key(config: CfgNode, key: str, value: Any, source: str) -> None:
     """Set one dotted key to a value of the default's type, naming ``source`` in errors."""
     known = dict(_leaves(_C))
     if key not in known:
@@ -277,10 +278,8 @@ def _leaves(node: dict, prefix: str = "") -> list[tuple[str, Any]]:
 def _coerce(value: Any, default: Any, where: str) -> Any:
     """``value`` as the type of ``default``: strings are read as literals, whole numbers serve as floats."""
     if isinstance(value, str) and not isinstance(default, str):
-        try:
+        with suppress(ValueError, SyntaxError):  # a plain string stays one; the check below decides
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # a plain string; the check below decides
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
@@ -292,7 +291,7 @@ def _coerce(value: Any, default: Any, where: str) -> Any:
     raise ValueError(f"{where}={value!r} is of type {type(value).__name__}, expected {type(default).__name__}")
 
 
-def _check(config: CN) -> None:
+def _check(config: CfgNode) -> None:
     values = dict(_leaves(config))
     for key, choices in CHOICES.items():
         if values[key] not in choices:
@@ -303,10 +302,12 @@ def _check(config: CN) -> None:
     mixed = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
     training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     if training and mixed and config.DATA.BATCH_SIZE % 2:
-        raise ValueError(f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even with mixup or cutmix, "
-                         "or set AUG.MIXUP 0 AUG.CUTMIX 0")  # fmt: skip
+        raise ValueError(
+            f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even with mixup or cutmix, "
+            "or set AUG.MIXUP 0 AUG.CUTMIX 0"
+        )
 
 
-def to_dict(node: CN) -> dict:
+def to_dict(node: CfgNode) -> dict:
     """The configuration as plain data, ready for JSON and for checkpoints."""
     return {k: to_dict(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in node.items()}

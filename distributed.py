@@ -33,14 +33,16 @@ def is_main() -> bool:
 
 
 def pick_device() -> torch.device:
-    """The accelerator of this local rank, or the CPU. Hide accelerators (``CUDA_VISIBLE_DEVICES=``) to force the CPU."""
+    """The accelerator of this local rank, or the CPU. Hide accelerators (``CUDA_VISIBLE_DEVICES=``) to use the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     if local_rank() >= count:
-        raise ValueError(f"LOCAL_RANK={local_rank()}, but this machine has {count} {accelerator.type} device(s); "
-                         f"start at most {count} processes per machine")  # fmt: skip
+        raise ValueError(
+            f"LOCAL_RANK={local_rank()}, but this machine has {count} {accelerator.type} device(s); "
+            f"start at most {count} processes per machine"
+        )
     device = torch.device(accelerator.type, local_rank())
     torch.accelerator.set_device_index(device.index)
     return device

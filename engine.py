@@ -104,7 +104,7 @@ def describe(session: Session, model: nn.Module) -> None:
 
 
 def find_checkpoint(session: Session) -> str:
-    """What to continue from: an explicit ``MODEL.RESUME``, else the newest checkpoint of the output folder, else ``""``."""
+    """What to continue from: an explicit ``MODEL.RESUME``, else the output folder's newest checkpoint, else ``""``."""
     config, logger = session.config, session.logger
     if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
         return config.MODEL.RESUME
@@ -152,8 +152,10 @@ def restore(run: Run, path: str) -> None:
     if len(states) == distributed.world_size():
         distributed.set_rng_state(states[distributed.rank()], run.session.device)
     else:
-        logger.warning(f"{path} holds the generators of {len(states)} process(es), not of "
-                       f"{distributed.world_size()}: random draws start anew")  # fmt: skip
+        logger.warning(
+            f"{path} holds the generators of {len(states)} process(es), not of "
+            f"{distributed.world_size()}: random draws start anew"
+        )
 
 
 def check_classes(saved: dict[str, Any], classes: list[str], path: str) -> None:
@@ -161,8 +163,10 @@ def check_classes(saved: dict[str, Any], classes: list[str], path: str) -> None:
     theirs = saved.get("classes") or classes
     if theirs != classes:
         strange = sorted(set(classes) ^ set(theirs))[:5]
-        raise ValueError(f"{path} was trained on {len(theirs)} classes, the data has {len(classes)}; they differ in "
-                         f"{', '.join(strange) or 'their order'}")  # fmt: skip
+        raise ValueError(
+            f"{path} was trained on {len(theirs)} classes, the data has {len(classes)}; they differ in "
+            f"{', '.join(strange) or 'their order'}"
+        )
 
 
 def fit(run: Run, compute_loss: ComputeLoss) -> float:
@@ -389,9 +393,7 @@ class EpochMeters:
             f"Train: [{progress.epoch}/{run.config.TRAIN.EPOCHS}][{step}/{steps}]\t"
             f"eta {timedelta(seconds=int(seconds_mean * (steps - step)))} lr {group['lr']:.6f}\t "
             f"wd {group['weight_decay']:.4f}\t"
-            f"time {seconds:.4f} ({seconds_mean:.4f})\t"
-            + "\t".join(meters)
-            + f"\tmem {memory:.0f}MB"
+            f"time {seconds:.4f} ({seconds_mean:.4f})\t" + "\t".join(meters) + f"\tmem {memory:.0f}MB"
         )
         images = run.config.DATA.BATCH_SIZE * distributed.world_size()
         scalars = {f"train/{name}": value for name, value in window.items()}

@@ -22,7 +22,7 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - not an error
     """Training was asked to stop by a signal and has saved its state."""
 
     def __init__(self, signal_number: int):
@@ -109,7 +109,7 @@ def run(main: Callable[[Any], Any], description: str) -> None:
 
 @contextmanager
 def session(config: Any) -> Iterator[Session]:
-    """Device, process group, seeds, scaled learning rates, output folder and log for ``config``, which stays as it is."""
+    """Device, process group, seeds, scaled learning rates, output folder and log for ``config``, itself unchanged."""
     device = distributed.pick_device()
     distributed.start(device)
     config = settle(config)
@@ -118,8 +118,10 @@ def session(config: Any) -> Iterator[Session]:
     logger = create_logger(config.OUTPUT, distributed.rank(), config.MODEL.NAME)
     try:
         amp_dtype = pick_amp_dtype(config, device)
-        logger.info(f"{distributed.world_size()} process(es), {device}, {str(amp_dtype).removeprefix('torch.')}, "
-                    f"torch {torch.__version__}")  # fmt: skip
+        logger.info(
+            f"{distributed.world_size()} process(es), {device}, {str(amp_dtype).removeprefix('torch.')}, "
+            f"torch {torch.__version__}"
+        )
         _say_once(config, logger)
         logger.info(json.dumps(to_dict(config)))
         yield Session(config, device, amp_dtype, logger)

@@ -33,9 +33,7 @@ class MultiStep(ScaledOnce, MultiStepLRScheduler):
 class Linear(ScaledOnce):
     """From the base rate down to ``lr_min_rate`` of it over ``t_initial`` updates, the warm-up included."""
 
-    def __init__(
-        self, optimizer: Optimizer, t_initial: int, lr_min_rate: float, warmup_t: int, warmup_lr_init: float
-    ):
+    def __init__(self, optimizer: Optimizer, t_initial: int, lr_min_rate: float, warmup_t: int, warmup_lr_init: float):
         super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
         self.t_initial = t_initial
         self.lr_min_rate = lr_min_rate

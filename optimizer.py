@@ -1,4 +1,4 @@
-"""Optimizers by name, and the parameter groups they work on: no weight decay on vectors, lower rates for lower layers."""
+"""Optimizers by name, and their parameter groups: no weight decay on vectors, lower rates for lower layers."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -74,7 +74,7 @@ def needs_no_decay(name: str, parameter: torch.Tensor, skip: Iterable[str], keyw
 def decay_groups(model: nn.Module) -> list[dict]:
     """Two groups: parameters with weight decay, then those without."""
     decay, no_decay = [], []
-    for name, parameter, exempt in _trainable(model):
+    for _, parameter, exempt in _trainable(model):
         (no_decay if exempt else decay).append(parameter)
     return [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
 
@@ -107,11 +107,11 @@ def layer_groups(
 
 
 def layer_of(name: str, depths: list[int]) -> int:
-    """0 for the patches, 1 and up for the blocks, the last for all that follows them. Merging counts as the block before."""
+    """0 for the patches, then a number for each block, which the merging after it shares, then one for the rest."""
     if name == "mask_token" or name.startswith("patch_embed"):
         return 0
     if name.startswith("layers."):
-        stage, kind, block = (name.split(".") + [""])[1:4]
+        stage, kind, block = [*name.split("."), ""][1:4]
         before = sum(depths[: int(stage)])
         return before + (int(block) + 1 if kind == "blocks" else depths[int(stage)])
     return sum(depths) + 1

@@ -236,8 +236,10 @@ def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = N
             continue
         return str(path)
     if candidates:
-        raise ValueError(f"{output_dir}: none of its {len(candidates)} checkpoint(s) loads; move them away to start "
-                         "anew, or name one with --resume")  # fmt: skip
+        raise ValueError(
+            f"{output_dir}: none of its {len(candidates)} checkpoint(s) loads; move them away to start "
+            "anew, or name one with --resume"
+        )
     return None
 
 

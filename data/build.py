@@ -84,8 +84,9 @@ def build_mixup(config: Any) -> Mixup | None:
 
 def _root(config: Any) -> Path:
     if not config.DATA.DATA_PATH:
-        raise ValueError("DATA.DATA_PATH is empty; give --data-path FOLDER with train/<class>/<image> "
-                         "and val/<class>/<image>")  # fmt: skip
+        raise ValueError(
+            "DATA.DATA_PATH is empty; give --data-path FOLDER with train/<class>/<image> and val/<class>/<image>"
+        )
     return Path(config.DATA.DATA_PATH)
 
 
@@ -97,9 +98,7 @@ def _train_loader(dataset: Dataset, config: Any) -> DataLoader:
             f"{len(dataset)} training images on {world_size} process(es) do not fill one batch of "
             f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE}; use at most {len(sampler)}"
         )
-    return DataLoader(
-        SampleSeeded(dataset, config.SEED), sampler=sampler, drop_last=True, **_loader_arguments(config)
-    )
+    return DataLoader(SampleSeeded(dataset, config.SEED), sampler=sampler, drop_last=True, **_loader_arguments(config))
 
 
 def _eval_loader(dataset: Dataset, config: Any) -> DataLoader:

@@ -55,8 +55,9 @@ class ClassFolder(ImageFolder):
 def class_names(root: Path) -> list[str]:
     """The names of ``root``'s class folders, sorted. Raises ``FileNotFoundError`` where there are none."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; --data-path takes a folder with train/<class>/<image> "
-                                "and val/<class>/<image>")  # fmt: skip
+        raise FileNotFoundError(
+            f"{root}: no such folder; --data-path takes a folder with train/<class>/<image> and val/<class>/<image>"
+        )
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if not names:
         raise FileNotFoundError(f"{root}: no class folders in it; expected {root}/<class>/<image>.JPEG")

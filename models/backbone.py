@@ -186,5 +186,7 @@ def _check_widths(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int
         raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must name the same number of stages")
     for i, heads in enumerate(num_heads):
         if (embed_dim * 2**i) % heads:
-            raise ValueError(f"num_heads={list(num_heads)}: stage {i + 1} has {embed_dim * 2**i} channels, which "
-                             f"{heads} heads do not divide")  # fmt: skip
+            raise ValueError(
+                f"num_heads={list(num_heads)}: stage {i + 1} has {embed_dim * 2**i} channels, which "
+                f"{heads} heads do not divide"
+            )

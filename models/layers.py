@@ -1,4 +1,4 @@
-"""Parts that every Swin variant shares. B batch, H and W a map's sides, L = H * W tokens, C channels, N tokens a window.
+"""Parts that every Swin variant shares. B batch, H x W a map, L = H * W tokens, C channels, N tokens of a window.
 
 Maps are channels last. Windows and shifts are pairs (height, width); functions also take one number for both.
 """

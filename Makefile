@@ -1,0 +1,44 @@
+# The commands people type. Each target makes .venv and installs what is missing, so each is enough on its own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: help demo test test-all lint format gpu clean
+
+help:
+	@echo "make demo      train, interrupt, resume and evaluate a small Swin on handwritten digits (minutes, CPU)"
+	@echo "make test      the tests that every change must pass"
+	@echo "make test-all  also the slow ones"
+	@echo "make lint      style and format checks"
+	@echo "make format    mend what the checks can mend"
+	@echo "make gpu       the GPU tests and benchmarks, with this machine's own python (PYTHON=...)"
+	@echo "make clean     remove .venv, the digits and output/"
+
+$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python tools/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf $(VENV) datasets/digits output

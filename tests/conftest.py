@@ -1,0 +1,133 @@
+"""What tests share: golden numbers and the rule that fills weights, small data, the scripts run as users run them."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import get_config
+from models import build_model
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.accelerator.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
+def golden(name: str) -> dict:
+    """Numbers of the official code; tests/golden/README.md says how they were made."""
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def make_config(cfg: str | Path | None = None, *opts, **flags):
+    """The configuration of a command line; KEY, VALUE pairs may be of any type."""
+    path = None if cfg is None else ROOT / cfg
+    return get_config(SimpleNamespace(cfg=path, opts=[o if isinstance(o, str) else repr(o) for o in opts], **flags))
+
+
+def golden_values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The golden rule's value of the parameter ``name``."""
+    r = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape)
+    last = name.rsplit(".", 1)[-1]
+    if last == "relative_position_bias_table":
+        value = 0.5 * r
+    elif last == "logit_scale":
+        value = np.log(10) + 0.1 * r
+    elif len(shape) >= 2:
+        value = r / np.sqrt(np.prod(shape[1:]))
+    elif "norm" in name and last == "weight":
+        value = 1 + 0.1 * r
+    else:
+        value = 0.05 * r
+    return torch.from_numpy(value.astype(np.float32))
+
+
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(golden_values(name, tuple(parameter.shape)))
+    return model
+
+
+def golden_images(seed: int, batch: int, size: int) -> torch.Tensor:
+    images = np.random.RandomState(seed).standard_normal((batch, 3, size, size))
+    return torch.from_numpy(images.astype(np.float32))
+
+
+def swin_tiny(*opts):
+    """Swin-T at 224 with golden weights, in evaluation mode."""
+    return fill(build_model(make_config("configs/swin/swin_tiny_patch4_window7_224.yaml", *opts))).eval()
+
+
+# A Swin of two small stages on 16x16 images, with a shift: a step takes milliseconds.
+SMALL = [
+    *("DATA.IMG_SIZE", 16, "MODEL.NAME", "small", "MODEL.DROP_PATH_RATE", 0.1, "DATA.BATCH_SIZE", 4),
+    *("MODEL.SWIN.PATCH_SIZE", 2, "MODEL.SWIN.EMBED_DIM", 8, "MODEL.SWIN.DEPTHS", [2, 2]),
+    *("MODEL.SWIN.NUM_HEADS", [2, 4], "MODEL.SWIN.WINDOW_SIZE", 4),
+    *("TRAIN.EPOCHS", 2, "TRAIN.WARMUP_EPOCHS", 0, "PRINT_FREQ", 2, "DATA.NUM_WORKERS", 0),
+]
+
+
+def write_images(root: Path, classes: list[str], per_class: int, size: int = 16, seed: int = 0) -> None:
+    """PNG images whose brightness says their class."""
+    generator = np.random.RandomState(seed)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            pixels = generator.randint(0, 100, (size, size, 3)) + 150 * label // max(len(classes) - 1, 1)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """train/ and val/ of 3 classes: 30 and 11 images of 16x16."""
+    root = tmp_path / "data"
+    for split, count in (("train", 10), ("val", 4)):
+        write_images(root / split, ["ant", "bee", "cat"], count, seed=count)
+    (root / "val" / "cat" / "3.png").unlink()
+    return root
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a script of the project, as ``python`` or with ``torchrun=N``; output goes to ``tmp_path/output``."""
+
+    def call(script: str, *arguments, torchrun: int = 0, check: bool = True, env: dict | None = None):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)]
+        command = [sys.executable, *(launcher if torchrun else []), ROOT / script, *arguments]
+        result = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        )
+        if check:
+            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        return result
+
+    return call
+
+
+def small_run(data: Path, *opts) -> list[str]:
+    """Arguments of main.py that train `SMALL` on a folder."""
+    every = [*SMALL, *opts]
+    return ["--cfg", str(EMPTY_CONFIG), "--data-path", str(data), "--output", "output", "--opts", *map(str, every)]
+
+
+EMPTY_CONFIG = GOLDEN / "empty.yaml"
