@@ -290,7 +290,7 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
         progress.samples += config.DATA.BATCH_SIZE * world_size
         bar.update(step + 1)
         stop = False
-        if step % config.PRINT_FREQ == 0 or step + 1 == steps:
+        if step % config.PRINT_FREQ == 0:
             stop = meters.read(step)
         if updates_now:
             stop = stop or (world_size == 1 and bool(run.stop_signal))
@@ -302,6 +302,7 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
             if stop:
                 bar.close()
                 raise Stopped(run.stop_signal or signal.SIGTERM)
+    meters.flush(steps - 1)
     bar.close()
     run.session.logger.info(f"EPOCH {epoch} training takes {timedelta(seconds=int(time.time() - began))}")
 
@@ -407,8 +408,8 @@ class EpochMeters:
         write_scalars(run, scalars)
 
     def _meter(self, name: str) -> str:
-        total, count, last = self.totals.get(name, (math.nan, 1, math.nan))
-        return f"{name} {last:.4f} ({total / max(count, 1):.4f})"
+        total, count, last = self.totals.get(name, (0.0, 1, 0.0))  # no gradient norm before the first update
+        return f"{name} {last:.4f} ({total / count:.4f})"
 
 
 def write_scalars(run: Run, scalars: dict[str, float]) -> None:

@@ -178,13 +178,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(OFFICIAL_PICKLES):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        culprit = re.search(r"(?:GLOBAL|global|class|Unsupported)\S* (\S+)", str(err))
-        raise ValueError(
-            f"{path}: refused, since it is not only tensors and plain data"
-            f"{f' ({culprit[1]})' if culprit else ''}; loading it could run code. Save its state dict alone"
-        ) from err
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as err:
+    except Exception as err:  # damaged bytes make an unpickler fail in any way
+        if isinstance(err, pickle.UnpicklingError) and (culprit := re.search(r"GLOBAL (\S+)|function (\S+)", str(err))):
+            raise ValueError(
+                f"{path}: refused, since loading {culprit[1] or culprit[2]} could run code; only tensors and plain "
+                "data are read. Save its state dict alone"
+            ) from err
         raise ValueError(f"{path}: truncated or not a checkpoint; use another one, or copy it again") from err
     if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path}: expected a checkpoint with the key 'model', found {type(saved).__name__}")

@@ -17,6 +17,8 @@ from PIL import Image
 from config import get_config
 from models import build_model
 
+torch.set_num_threads(1)  # most models here are so small that threads only wait for each other
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -137,6 +137,6 @@ def test_mistyped_flag_names_the_nearest(flag, nearest, capsys):
 def test_learning_rates_scale_with_the_images_per_update():
     config = make_config(None, "DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 2)
     settled = launch.settle(config)
-    assert settled.TRAIN.BASE_LR == pytest.approx(config.TRAIN.BASE_LR * 128 / 512)
-    assert settled.TRAIN.MIN_LR == pytest.approx(config.TRAIN.MIN_LR * 128 / 512)
+    assert pytest.approx(config.TRAIN.BASE_LR * 128 / 512) == settled.TRAIN.BASE_LR
+    assert pytest.approx(config.TRAIN.MIN_LR * 128 / 512) == settled.TRAIN.MIN_LR
     assert config.TRAIN.BASE_LR == 5e-4  # the given configuration stays as it is

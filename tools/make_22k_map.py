@@ -2,8 +2,8 @@
 
 python tools/make_22k_map.py
 
-Rows are positions in timm's list of ImageNet-21K synsets. One 1K synset, n04399382, is not in it; the official map gives
-it row 5564.
+Rows are positions in timm's list of ImageNet-21K synsets. One 1K synset, n04399382, is not in it; the official map
+gives it row 5564.
 """
 
 import sys

@@ -1,0 +1,220 @@
+"""Data: the official transforms, exact sampling, seeds by sample, and errors that name files and classes."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, make_config, write_images
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torch.utils.data import DistributedSampler
+from torchvision import transforms
+
+from data import build_loader
+from data.datasets import SampleSeeded
+from data.samplers import EvalSampler, TrainSampler
+from data.transforms import build_transform, posterize
+
+
+def config_for(folder: Path, *opts):
+    return make_config(None, *SMALL, "DATA.DATA_PATH", str(folder), *opts)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    pixels = np.random.RandomState(0).randint(0, 255, (height // 8, width // 8, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.BICUBIC)
+
+
+def test_loaders_take_the_class_count_from_the_folder(image_folder):
+    config = config_for(image_folder)
+    dataset_train, dataset_val, loader_train, loader_val, mixup = build_loader(config)
+    assert config.MODEL.NUM_CLASSES == 3 and dataset_train.classes == dataset_val.classes == ["ant", "bee", "cat"]
+    assert (len(dataset_train), len(dataset_val), len(loader_train), len(loader_val)) == (30, 11, 7, 3)
+    images, labels = next(iter(loader_train))
+    assert images.shape == (4, 3, 16, 16) and labels.shape == (4,)
+    assert mixup(images, labels)[1].shape == (4, 3)
+
+
+def test_evaluation_transforms_are_the_official_ones():
+    image = photo(300, 250)
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    resized = image.resize((307, 256), Image.BICUBIC).crop((42, 16, 42 + 224, 16 + 224))  # sides 256 / 224, centre
+    expected = normalise(torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255)
+    torch.testing.assert_close(build_transform(False, make_config())(image), expected)
+    squashed = image.resize((224, 224), Image.BICUBIC)
+    expected = normalise(torch.from_numpy(np.array(squashed)).permute(2, 0, 1) / 255)
+    torch.testing.assert_close(build_transform(False, make_config(None, "TEST.CROP", False))(image), expected)
+
+
+def test_training_transforms_are_timms_under_the_same_seeds():
+    theirs = create_transform(
+        224, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel",
+        re_count=1, interpolation="bicubic",
+    )  # fmt: skip
+    ours, image = build_transform(True, make_config()), photo(300, 250)
+    compared = 0
+    for seed in range(60):
+        results = []
+        for transform in (ours, theirs):
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            try:
+                results.append(transform(image))
+            except ValueError:  # Pillow 13 refuses to keep 0 bits, in timm's own transform only
+                assert transform is theirs
+        if len(results) == 2:
+            assert torch.equal(*results)
+            compared += 1
+    assert compared > 50
+
+
+def test_small_images_are_padded_and_cropped():
+    transform = build_transform(True, make_config(None, "DATA.IMG_SIZE", 32))
+    assert isinstance(transform.transforms[0], transforms.RandomCrop) and transform.transforms[0].padding == 4
+    assert len(build_transform(False, make_config(None, "DATA.IMG_SIZE", 32)).transforms) == 2  # no resizing
+
+
+def test_posterize_without_bits_is_black():
+    image = photo(32, 32)
+    assert not np.array(posterize(image, 0)).any()
+    for bits in (1, 4):
+        assert np.array_equal(posterize(image, bits), ImageOps.posterize(image, bits))
+    assert posterize(image, 8) is image
+
+
+def test_augmentation_never_fails_at_full_strength():
+    transform = build_transform(True, make_config(None, "AUG.AUTO_AUGMENT", "rand-m10-n4-inc1", "DATA.IMG_SIZE", 16))
+    image = photo(16, 16)
+    for seed in range(200):
+        random.seed(seed), np.random.seed(seed)
+        assert transform(image).isfinite().all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_samples_are_seen_once_per_epoch(world_size):
+    seen = Counter()
+    for rank in range(world_size):
+        sampler = TrainSampler(31, rank, world_size, seed=5)
+        sampler.set_epoch(2)
+        pairs = list(sampler)
+        assert len(pairs) == len(sampler) == 31 // world_size and {epoch for epoch, _ in pairs} == {2}
+        seen.update(index for _, index in pairs)
+    assert len(seen) == 31 // world_size * world_size and set(seen.values()) == {1}
+
+
+def test_training_order_is_that_of_pytorchs_sampler():
+    ours, theirs = TrainSampler(40, 1, 2, seed=3), DistributedSampler(range(40), 2, 1, seed=3)
+    ours.set_epoch(4), theirs.set_epoch(4)
+    assert [index for _, index in ours] == list(theirs)
+
+
+def test_training_continues_within_an_epoch():
+    sampler = TrainSampler(20, seed=1)
+    whole = list(sampler)
+    sampler.set_epoch(0, start=8)
+    assert list(sampler) == whole[8:] and len(sampler) == 20
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 13])
+def test_evaluation_sees_each_sample_once(world_size, sequential, shuffle):
+    parts = [list(EvalSampler(11, rank, world_size, sequential, shuffle, seed=1)) for rank in range(world_size)]
+    seen = [index for part in parts for index in part]
+    assert sorted(seen) == list(range(11))
+    if sequential and not shuffle:
+        assert seen == list(range(11))
+
+
+def test_random_transforms_depend_on_seed_epoch_and_sample_alone(image_folder):
+    loaders = []
+    for workers in (0, 2):
+        config = config_for(image_folder, "DATA.NUM_WORKERS", workers, "AUG.REPROB", 1.0)
+        loaders.append(build_loader(config)[2])
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    epochs = []
+    for loader in loaders:
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            epochs.append(torch.cat([images for images, _ in loader]))
+    assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3])
+    assert not torch.equal(epochs[0], epochs[1])
+    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_seeds_reach_all_three_generators():
+    class Draws(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return random.random(), np.random.rand(), torch.rand(()).item()
+
+    draws = SampleSeeded(Draws(), seed=0)
+    assert draws[0, 1] == draws[0, 1]
+    values = [draws[epoch, index] for epoch in (0, 1) for index in (0, 1)]
+    assert all(len(set(column)) == 4 for column in zip(*values, strict=True))
+    assert SampleSeeded(Draws(), seed=1)[0, 1] != draws[0, 1]
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"DATA.DATA_PATH is empty; give --data-path"):
+        build_loader(make_config())
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        build_loader(config_for(tmp_path / "nowhere"))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match="no class folders"):
+        build_loader(config_for(tmp_path))
+
+
+def test_empty_training_class_is_named(image_folder):
+    (image_folder / "train" / "dog").mkdir()
+    with pytest.raises(FileNotFoundError, match="dog"):
+        build_loader(config_for(image_folder))
+
+
+def test_class_that_training_lacks_is_named(image_folder):
+    write_images(image_folder / "val", ["eel"], 1)
+    with pytest.raises(ValueError, match=r"training data does not have \(eel\)"):
+        build_loader(config_for(image_folder))
+
+
+def test_a_validation_class_may_be_absent(image_folder):
+    for path in (image_folder / "val" / "bee").iterdir():
+        path.unlink()
+    (image_folder / "val" / "bee").rmdir()
+    dataset_val = build_loader(config_for(image_folder))[1]
+    assert {label for _, label in dataset_val.samples} == {0, 2}  # cat keeps its number
+
+
+def test_head_given_in_the_configuration_must_be_large_enough(image_folder):
+    config = config_for(image_folder, "MODEL.NUM_CLASSES", 2)
+    with pytest.raises(ValueError, match=r"has 3 classes, but the head has MODEL.NUM_CLASSES=2"):
+        build_loader(config)
+    config = config_for(image_folder, "MODEL.NUM_CLASSES", 5)
+    build_loader(config)
+    assert config.MODEL.NUM_CLASSES == 5
+
+
+def test_image_that_does_not_decode_is_named(image_folder):
+    broken = image_folder / "train" / "ant" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    dataset = build_loader(config_for(image_folder))[0]
+    with pytest.raises(ValueError, match=r"cannot decode .*ant/0\.png: "):
+        for index in range(len(dataset)):
+            dataset[index]
+
+
+def test_too_few_images_for_a_batch(image_folder):
+    with pytest.raises(ValueError, match=r"30 training images on 1 process\(es\) do not fill one batch .*at most 30"):
+        build_loader(config_for(image_folder, "DATA.BATCH_SIZE", 32))
+
+
+@pytest.mark.parametrize("key, value", [("DATA.DATASET", "imagenet23K"), ("DATA.ZIP_MODE", True)])
+def test_what_this_version_cannot_read_is_an_error(image_folder, key, value):
+    with pytest.raises(ValueError, match=key):
+        build_loader(config_for(image_folder, key, value))

@@ -1,0 +1,281 @@
+"""The loop: log lines, TensorBoard, device reads, non-finite steps, evaluation, timing."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, make_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine
+import launch
+from data import build_loader
+from main import SupervisedLoss
+from models import build_model
+
+NUMBER = r"-?[\d.]+(?:e-?\d+)?"
+TRAIN_LINE = re.compile(
+    rf"Train: \[\d+/\d+\]\[\d+/\d+\]\teta [\d:]+ lr {NUMBER}\t wd {NUMBER}\ttime {NUMBER} \({NUMBER}\)\t"
+    rf"loss {NUMBER} \({NUMBER}\)\tgrad_norm {NUMBER} \({NUMBER}\)\tloss_scale {NUMBER} \({NUMBER}\)\t.*mem \d+MB"
+)
+TEST_LINE = re.compile(
+    rf"Test: \[\d+/\d+\]\tTime {NUMBER} \({NUMBER}\)\tLoss {NUMBER} \({NUMBER}\)\t"
+    rf"Acc@1 {NUMBER} \({NUMBER}\)\tAcc@5 {NUMBER} \({NUMBER}\)\tMem \d+MB"
+)
+
+
+class Fixed:
+    """A compute_loss whose gradients are made non-finite at chosen steps."""
+
+    def __init__(self, bad: set[int] = frozenset()):
+        self.bad, self.step = bad, -1
+
+    def __call__(self, model, batch):
+        self.step += 1
+        images, targets = batch
+        loss = F.cross_entropy(model(images), targets)
+        return (loss * math.inf if self.step in self.bad else loss), {}
+
+
+def start(folder, tmp_path, *opts):
+    config = make_config(None, *SMALL, "OUTPUT", str(tmp_path / "out"), "DATA.DATA_PATH", str(folder), *opts)
+    return launch.session(config)
+
+
+def prepared(session):
+    dataset, _, loader_train, loader_val, mixup = build_loader(session.config)
+    torch.manual_seed(0)
+    return engine.prepare(session, build_model(session.config), loader_train, loader_val, dataset.classes), mixup
+
+
+def log_of(session) -> str:
+    from pathlib import Path
+
+    return (Path(session.config.OUTPUT) / "log_rank0.txt").read_text()
+
+
+def test_log_lines_are_those_that_people_parse(image_folder, tmp_path):
+    with start(image_folder, tmp_path) as session:
+        run, mixup = prepared(session)
+        engine.describe(session, run.model)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+    log = log_of(session)
+    printed = [int(step) for step in re.findall(r"Train: \[0/2\]\[(\d+)/7\]", log)]
+    assert printed == [0, 2, 4, 6]
+    for line in log.splitlines():
+        assert "Train: [" not in line or TRAIN_LINE.search(line), line
+        assert "Test: [" not in line or TEST_LINE.search(line), line
+    for text in (
+        "Creating model:swin/small",
+        "number of params: ",
+        "number of GFLOPs: ",
+        "Start training",
+        "EPOCH 0 training takes 0:",
+        "Accuracy of the network on the 11 test images: ",
+        "ckpt_epoch_1.pth saved !!!",
+        "Training time 0:",
+        "Full config saved to",
+    ):
+        assert text in log, text
+    assert re.search(r" \* Acc@1 [\d.]+ Acc@5 100.000", log)
+    assert re.search(r"Max accuracy: [\d.]+%", log)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tensorboard_scalars(image_folder, tmp_path, mixed):
+    opts = [] if mixed else ["AUG.MIXUP", 0, "AUG.CUTMIX", 0]
+    with start(image_folder, tmp_path, *opts) as session:
+        run, mixup = prepared(session)
+        best = engine.fit(run, SupervisedLoss(mixup, 0.1))
+    events = EventAccumulator(session.config.OUTPUT)
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {"loss", "learning_rate", "grad_norm", "images_per_second", "memory_mb"}
+    assert {f"train/{name}" for name in expected} | {"val/loss", "val/accuracy"} <= tags
+    assert ("train/accuracy" in tags) == (not mixed)  # soft targets have no accuracy
+    assert max(event.value for event in events.Scalars("val/accuracy")) == pytest.approx(best)
+    assert [event.step for event in events.Scalars("val/loss")] == [7, 14]  # by updates
+
+
+def test_no_progress_bar_in_files(image_folder, run_script):
+    from conftest import small_run
+
+    result = run_script("main.py", *small_run(image_folder, "TRAIN.EPOCHS", 1))
+    assert "\r" not in result.stdout + result.stderr and " left" not in result.stderr
+
+
+class CountReads(TorchDispatchMode):
+    """Counts reads of device values, which would make the host wait for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_no_device_value_is_read_between_prints(image_folder, tmp_path, mixed):
+    """With an optimizer that skips on the device, as on accelerators."""
+    opts = ["TRAIN.OPTIMIZER.NAME", "fused_adam", "PRINT_FREQ", 100]
+    opts += [] if mixed else ["AUG.MIXUP", 0, "AUG.CUTMIX", 0]
+    with start(image_folder, tmp_path, *opts) as session:
+        run, mixup = prepared(session)
+        loss, counter, counts = SupervisedLoss(mixup, 0.1), CountReads(), []
+
+        def counted(model, batch):
+            counts.append(counter.count)
+            return loss(model, batch)
+
+        batches = list(run.loader_train)  # decoding reads values of its own
+        batches_type = type("Batches", (list,), {"sampler": run.loader_train.sampler})
+        run.loader_train = batches_type(batches)
+        with counter:
+            engine.train_one_epoch(run, counted)
+    assert counts[2] > 0 or counts[1] >= 0
+    assert len(set(counts[2:])) == 1  # the first step prints; after it nothing is read
+
+
+def weights(run) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in run.model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused_adam", "sgd", "fused_lamb"])
+def test_a_non_finite_step_is_skipped_counted_and_reported(image_folder, tmp_path, optimizer):
+    with start(image_folder, tmp_path, "TRAIN.OPTIMIZER.NAME", optimizer, "PRINT_FREQ", 1) as session:
+        run, _ = prepared(session)
+        rates, seen = [], []
+        original = run.scheduler.step_update
+        run.scheduler.step_update = lambda t: (seen.append(weights(run)), rates.append(t), original(t))
+        state = []
+        loss = Fixed(bad={2, 3})
+        engine.train_one_epoch(
+            run, lambda m, b: (state.append(copy.deepcopy(run.optimizer.state_dict()["state"])), loss(m, b))[1]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[3], strict=True))  # neither weights
+    assert not all(torch.equal(a, b) for a, b in zip(seen[3], seen[4], strict=True))
+    for before, after in zip(state[2].values(), state[4].values(), strict=True):  # nor moments or counts
+        assert all(
+            torch.equal(before[k], after[k]) if torch.is_tensor(before[k]) else before[k] == after[k] for k in before
+        )
+    assert run.progress.skipped == 2 and run.progress.updates == 5
+    assert rates == [0, 1, 2, 2, 2, 3, 4]  # the schedule waits
+    log = log_of(session)
+    assert "epoch 0 step 2: gradient norm" in log and "update skipped (2 in a row, 2 in all)" in log
+    assert "nan" not in re.findall(r"Train: .*\[6/7\].*", log)[0]  # averages are not poisoned
+
+
+def test_too_many_non_finite_steps_stop_with_the_place(image_folder, tmp_path):
+    with (
+        pytest.raises(FloatingPointError, match=r"3 updates in a row .* epoch 0 step 4 .*lower TRAIN.BASE_LR"),
+        start(image_folder, tmp_path, "TRAIN.MAX_NONFINITE_STEPS", 3) as session,
+    ):
+        run, _ = prepared(session)
+        engine.fit(run, Fixed(bad={2, 3, 4, 5}))
+
+
+@pytest.mark.parametrize("bad_steps, stops", [({1, 2, 4, 5}, False), ({1, 2, 3}, True)])
+def test_only_steps_in_a_row_stop_training(image_folder, tmp_path, bad_steps, stops):
+    with start(image_folder, tmp_path, "TRAIN.MAX_NONFINITE_STEPS", 3) as session:
+        run, _ = prepared(session)
+        if stops:
+            with pytest.raises(FloatingPointError):
+                engine.train_one_epoch(run, Fixed(bad_steps))
+        else:
+            engine.train_one_epoch(run, Fixed(bad_steps))
+
+
+def test_accumulation_equals_a_larger_batch_and_takes_the_rest(image_folder, tmp_path):
+    """28 images: 7 batches of 4 in groups of 2 make 4 updates, the last of one batch."""
+    common = ["MODEL.DROP_PATH_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.OPTIMIZER.NAME", "sgd"]
+    results = []
+    for opts in (["TRAIN.ACCUMULATION_STEPS", 2], ["DATA.BATCH_SIZE", 8]):
+        with start(image_folder, tmp_path, *common, *opts, "TRAIN.BASE_LR", 0.5) as session:
+            run, _ = prepared(session)
+            seen = []
+            original = run.scheduler.step_update
+            run.scheduler.step_update = lambda t, seen=seen, run=run, step=original: (
+                seen.append(weights(run)),
+                step(t),
+            )
+            engine.train_one_epoch(run, SupervisedLoss(None, 0.1))
+            results.append(seen)
+    accumulated, large = results
+    assert len(accumulated) == 4 and len(large) == 3
+    for a, b in zip(accumulated[2], large[2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(accumulated[3][0], accumulated[2][0])
+
+
+def test_cutmix_alone_gives_soft_targets_a_soft_loss(image_folder, tmp_path):
+    with start(image_folder, tmp_path, "AUG.MIXUP", 0, "AUG.CUTMIX", 1.0) as session:
+        run, mixup = prepared(session)
+        loss, values = SupervisedLoss(mixup, 0.1)(run.model, next(iter(run.loader_train)))
+    assert loss.isfinite() and values == {}
+
+
+def test_losses_are_timms():
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5), torch.randint(5, (6,))
+    soft = torch.rand(6, 5).softmax(1)
+
+    def model(images):
+        return logits
+
+    hard = SupervisedLoss(None, 0.1)(model, [None, labels])[0]
+    torch.testing.assert_close(hard, LabelSmoothingCrossEntropy(0.1)(logits, labels))
+    mixed = SupervisedLoss(lambda images, targets: (images, soft), 0.1)(model, [None, labels])[0]
+    torch.testing.assert_close(mixed, SoftTargetCrossEntropy()(logits, soft))
+
+
+def test_validation_is_a_plain_mean_over_images(image_folder, tmp_path):
+    with start(image_folder, tmp_path) as session:
+        run, _ = prepared(session)
+        acc1, acc5, loss = engine.validate(session, run.model, run.loader_val)
+        dataset = run.loader_val.dataset
+        images = torch.stack([dataset[i][0] for i in range(len(dataset))])
+        targets = torch.tensor([dataset[i][1] for i in range(len(dataset))])
+        with torch.no_grad():
+            logits = run.model.eval()(images)
+    assert acc1 == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
+    assert acc5 == 100.0  # of three classes
+    assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+def test_throughput_needs_no_data(run_script):
+    from conftest import EMPTY_CONFIG
+
+    opts = ["--opts", *map(str, SMALL)]
+    result = run_script("main.py", "--cfg", EMPTY_CONFIG, "--throughput", "--amp-dtype", "bf16", *opts)
+    assert "throughput averaged with 30 times" in result.stdout
+    assert re.search(r"batch_size 4 throughput [\d.]+", result.stdout)
+    assert re.search(r"latency of a batch in ms: p50 [\d.]+ p90 [\d.]+ p99 [\d.]+", result.stdout)
+    assert "peak memory" in result.stdout and "bfloat16" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision_trains_on_a_cpu(image_folder, tmp_path, dtype):
+    with start(image_folder, tmp_path, "AMP_DTYPE", dtype) as session:
+        run, mixup = prepared(session)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+        assert (run.scaler.get_scale() > 1) == (dtype == "fp16")
+        assert run.progress.updates > 7 and all(p.isfinite().all() for p in run.model.parameters())
+
+
+@pytest.mark.gpu
+def test_training_on_the_accelerator(image_folder, tmp_path):
+    with start(image_folder, tmp_path) as session:
+        assert session.device.type != "cpu" and session.amp_dtype != torch.float32
+        run, mixup = prepared(session)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+        engine.throughput(session, run.model, runs=3)
+        assert run.optimizer.param_groups[0]["fused"]
+        assert all(p.isfinite().all() and p.device.type == session.device.type for p in run.model.parameters())
