@@ -93,17 +93,18 @@ def pretrained_state(
         else:
             continue
         notes.append(f"{name}: resized from {_shape(value)} to {_shape(target)}")
-    if "head.bias" in expected:
-        notes += _fit_head(state, expected, rows_22k_to_1k)
+    notes += _fit_head(state, expected, rows_22k_to_1k)
     return strict_state(state, expected), notes
 
 
 def _fit_head(state: dict[str, Tensor], expected: State, rows_22k_to_1k: Sequence[int] | None) -> list[str]:
     """Give ``state`` a head of the expected class count, in place. Returns notes."""
-    wanted = expected["head.bias"].shape[0]
-    found = state["head.bias"].shape[0] if "head.bias" in state else 0
+    wanted, found = (s["head.bias"].shape[0] if "head.bias" in s else 0 for s in (expected, state))
     if found == wanted:
         return []
+    if wanted == 0:
+        del state["head.weight"], state["head.bias"]
+        return [f"head: {found} classes in the file, none in the model; left out"]
     if found == 21841 and wanted == 1000 and rows_22k_to_1k is not None:
         rows = torch.as_tensor(rows_22k_to_1k)
         for name in ("head.weight", "head.bias"):

@@ -264,11 +264,12 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
     world_size = distributed.world_size()
     first = min(progress.samples // (config.DATA.BATCH_SIZE * world_size), steps)
     loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+    progress.samples = first * config.DATA.BATCH_SIZE * world_size
     run.model.train()
     run.optimizer.zero_grad()
     meters = EpochMeters(run, first)
     bar = ProgressBar(f"epoch {epoch}", steps, distributed.is_main(), first)
-    began, last_saved = time.time(), first
+    began, last_saved, stop = time.time(), first, False
     for step, batch in enumerate(loader, first):
         updates_now = (step + 1) % group == 0 or step + 1 == steps
         members = group if step < steps - steps % group else steps % group
@@ -289,11 +290,10 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
             progress.updates += 1
         progress.samples += config.DATA.BATCH_SIZE * world_size
         bar.update(step + 1)
-        stop = False
         if step % config.PRINT_FREQ == 0:
-            stop = meters.read(step)
+            stop = meters.read(step) or stop
         if updates_now:
-            stop = stop or (world_size == 1 and bool(run.stop_signal))
+            stop = stop or (world_size == 1 and bool(run.stop_signal))  # more must agree, which they do at a read
             due = config.SAVE_STEPS and step + 1 - last_saved >= config.SAVE_STEPS and step + 1 < steps
             if stop or due:
                 meters.flush(step)
