@@ -7,7 +7,6 @@ stay on the device until they are read together, every ``PRINT_FREQ`` steps.
 import json
 import math
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +29,7 @@ from config import to_dict
 from launch import Session, Stopped
 from logger import ProgressBar
 from lr_scheduler import build_scheduler
+from meters import EpochMeters, write_scalars
 from optimizer import build_optimizer
 
 ComputeLoss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
@@ -307,118 +307,6 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
     run.session.logger.info(f"EPOCH {epoch} training takes {timedelta(seconds=int(time.time() - began))}")
 
 
-class EpochMeters:
-    """Collects an epoch's values on the device; reads, averages, logs and checks them from time to time."""
-
-    def __init__(self, run: Run, first_step: int):
-        self.run = run
-        self.pending: list[dict[str, Tensor]] = []
-        self.totals: dict[str, list[float]] = {}  # name: sum, count, last
-        self.first_step = first_step
-        self.began = self.last_read = time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor | None, values: dict[str, Tensor]) -> None:
-        row = {"loss": loss, **values}
-        if norm is not None:
-            row["grad_norm"] = norm
-        self.pending.append({name: value.detach() for name, value in row.items()})
-
-    def read(self, step: int) -> bool:
-        """Read, check and log the steps up to ``step``. Returns whether any rank wants to stop."""
-        count = len(self.pending)
-        window, stop = self._collect(step)
-        if not count:
-            return stop
-        now = time.perf_counter()
-        seconds, self.last_read = (now - self.last_read) / count, now
-        self._log(step, seconds, (now - self.began) / (step + 1 - self.first_step), window)
-        return stop
-
-    def flush(self, step: int) -> None:
-        """Take in what is pending, before the state is saved; nothing is logged."""
-        self._collect(step)
-
-    def _collect(self, step: int) -> tuple[dict[str, float], bool]:
-        """One transfer for all pending values, averaged over ranks. Returns the window's means, and the stop flag."""
-        if not self.pending:
-            return {}, False
-        flat = [value.float().reshape(()) for row in self.pending for value in row.values()]
-        flag = torch.tensor(float(bool(self.run.stop_signal)), device=flat[0].device)
-        numbers = distributed.all_reduce_sum(torch.stack([*flat, flag])) / distributed.world_size()
-        *numbers, stop = numbers.tolist()
-        window: dict[str, list[float]] = {}
-        numbers = iter(numbers)
-        rows = [{name: next(numbers) for name in row} for row in self.pending]
-        for offset, row in enumerate(rows):
-            self._check(row, step - len(rows) + 1 + offset)
-            for name, value in row.items():
-                if math.isfinite(value):
-                    total = self.totals.setdefault(name, [0.0, 0, 0.0])
-                    total[:] = total[0] + value, total[1] + 1, value
-                    window.setdefault(name, []).append(value)
-        self.pending.clear()
-        return {name: statistics.fmean(values) for name, values in window.items()}, stop > 0
-
-    def _check(self, row: dict[str, float], step: int) -> None:
-        """Count an update that was skipped, and stop after too many in a row."""
-        if "grad_norm" not in row:
-            return
-        progress, train = self.run.progress, self.run.config.TRAIN
-        if math.isfinite(row["grad_norm"]):
-            progress.skipped_in_row = 0
-            return
-        progress.updates -= 1  # the schedule counts the updates that were made
-        progress.skipped += 1
-        progress.skipped_in_row += 1
-        self.run.session.logger.warning(
-            f"epoch {progress.epoch} step {step}: gradient norm {row['grad_norm']}, loss {row['loss']:.4g}; update "
-            f"skipped ({progress.skipped_in_row} in a row, {progress.skipped} in all)"
-        )
-        if progress.skipped_in_row >= train.MAX_NONFINITE_STEPS:
-            raise FloatingPointError(
-                f"{progress.skipped_in_row} updates in a row had non-finite gradients, the last at epoch "
-                f"{progress.epoch} step {step} (loss {row['loss']:.4g}); lower TRAIN.BASE_LR, try --amp-dtype fp32, or "
-                f"raise TRAIN.MAX_NONFINITE_STEPS={train.MAX_NONFINITE_STEPS}. Saved checkpoints are as they were"
-            )
-
-    def _log(self, step: int, seconds: float, seconds_mean: float, window: dict[str, float]) -> None:
-        run, progress = self.run, self.run.progress
-        steps, group = len(run.loader_train), run.optimizer.param_groups[0]
-        scale = run.scaler.get_scale()
-        total = self.totals.setdefault("loss_scale", [0.0, 0, 0.0])
-        total[:] = total[0] + scale, total[1] + 1, scale
-        memory = distributed.peak_memory_mb(run.session.device)
-        meters = [self._meter(name) for name in ("loss", "grad_norm", "loss_scale")]
-        meters += [self._meter(name) for name in self.totals if name not in ("loss", "grad_norm", "loss_scale")]
-        run.session.logger.info(
-            f"Train: [{progress.epoch}/{run.config.TRAIN.EPOCHS}][{step}/{steps}]\t"
-            f"eta {timedelta(seconds=int(seconds_mean * (steps - step)))} lr {group['lr']:.6f}\t "
-            f"wd {group['weight_decay']:.4f}\t"
-            f"time {seconds:.4f} ({seconds_mean:.4f})\t" + "\t".join(meters) + f"\tmem {memory:.0f}MB"
-        )
-        images = run.config.DATA.BATCH_SIZE * distributed.world_size()
-        scalars = {f"train/{name}": value for name, value in window.items()}
-        scalars |= {
-            "train/learning_rate": group["lr"],
-            "train/loss_scale": scale,
-            "train/skipped_updates": progress.skipped,
-            "train/images_per_second": images / seconds,
-            "train/memory_mb": memory,
-        }
-        write_scalars(run, scalars)
-
-    def _meter(self, name: str) -> str:
-        total, count, last = self.totals.get(name, (0.0, 1, 0.0))  # no gradient norm before the first update
-        return f"{name} {last:.4f} ({total / count:.4f})"
-
-
-def write_scalars(run: Run, scalars: dict[str, float]) -> None:
-    """To TensorBoard, on the main process, by the number of updates."""
-    if run.writer is not None:
-        for name, value in scalars.items():
-            run.writer.add_scalar(name, value, run.progress.updates)
-
-
 def _to_device(batch: Any, device: torch.device) -> Any:
     return [part.to(device, non_blocking=True) for part in batch]
 
@@ -435,6 +323,7 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
     sums = torch.zeros(4, dtype=precision, device=device)  # loss, top-1, top-5, images
     bar = ProgressBar("evaluation", len(loader), distributed.is_main())
     began = last = time.perf_counter()
+    printed = sums.clone()
     for step, batch in enumerate(loader):
         images, targets = _to_device(batch, device)
         with session.autocast():
@@ -442,13 +331,13 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
         sums += _scores(logits.float(), targets).to(precision)
         bar.update(step + 1)
         if step % config.PRINT_FREQ == 0:
-            loss, acc1, acc5 = _means(sums)
-            now = time.perf_counter()
+            (new_loss, new_acc1, new_acc5), (loss, acc1, acc5) = _means(sums - printed), _means(sums)
+            printed, now = sums.clone(), time.perf_counter()
             seconds, last = (now - last) / (1 if step == 0 else config.PRINT_FREQ), now
             logger.info(
                 f"Test: [{step}/{len(loader)}]\tTime {seconds:.3f} ({(now - began) / (step + 1):.3f})\t"
-                f"Loss {loss:.4f} ({loss:.4f})\tAcc@1 {acc1:.3f} ({acc1:.3f})\tAcc@5 {acc5:.3f} ({acc5:.3f})\t"
-                f"Mem {distributed.peak_memory_mb(device):.0f}MB"
+                f"Loss {new_loss:.4f} ({loss:.4f})\tAcc@1 {new_acc1:.3f} ({acc1:.3f})\t"
+                f"Acc@5 {new_acc5:.3f} ({acc5:.3f})\tMem {distributed.peak_memory_mb(device):.0f}MB"
             )
     bar.close()
     loss, acc1, acc5 = _means(distributed.all_reduce_sum(sums))
