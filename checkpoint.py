@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -126,6 +128,39 @@ def resize_bias_table(table: Tensor, like: Tensor) -> Tensor:
     grid = table.T.reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return grid.reshape(-1, new * new).T
+
+
+def resize_bias_table_geometric(table: Tensor, like: Tensor) -> Tensor:
+    """Resize a relative position bias table ((2w - 1)^2, nH) as official SimMIM fine-tuning does.
+
+    The old offsets are spread over the new range in a geometric progression, dense near 0 where neighbours are, and a
+    cubic spline through them is read at the new offsets.
+
+    Raises ``ValueError`` where the number of heads differs.
+    """
+    if table.shape[1] != like.shape[1]:
+        raise ValueError(f"relative_position_bias_table has {table.shape[1]} heads, the model {like.shape[1]}")
+    old, new = _side(table.shape[0]), _side(like.shape[0])
+    if old == new:
+        return table
+    steps = np.cumsum(_progression_ratio(old // 2, new // 2) ** np.arange(old // 2))
+    places = np.concatenate([-steps[::-1], [0.0], steps])
+    wanted = np.arange(new) - new // 2
+    grids = table.T.reshape(-1, old, old).double().cpu().numpy()
+    resized = np.stack([RectBivariateSpline(places, places, grid)(wanted, wanted) for grid in grids])  # nH, new, new
+    return torch.from_numpy(resized.reshape(-1, new * new).T.copy()).to(table)
+
+
+def _progression_ratio(terms: int, total: int) -> float:
+    """The ratio between 1.01 and 1.5 at which 1 + q + q^2 + ... of so many terms comes nearest to ``total``."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio**terms) / (1 - ratio) > total:
+            high = ratio
+        else:
+            low = ratio
+    return ratio
 
 
 def resize_position_embedding(embedding: Tensor, like: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ _C.TRAIN.WEIGHT_DECAY = 0.05
 _C.TRAIN.BASE_LR = 5e-4  # for 512 images per update; scaled linearly to the batch that is used
 _C.TRAIN.WARMUP_LR = 5e-7
 _C.TRAIN.MIN_LR = 5e-6
-_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 does not clip
+_C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 or None does not clip
 _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 1
 _C.TRAIN.USE_CHECKPOINT = False
@@ -174,32 +174,44 @@ FLAG_KEYS = {
 
 CHOICES = {
     "DATA.CACHE_MODE": ("no", "full", "part"),
-    "DATA.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest", "random"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "hamming", "lanczos", "nearest", "random"),
+    "AUG.REMODE": ("pixel", "rand", "const"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
 }
 
-# Smallest allowed values; everything else is checked by the part that uses it.
-MINIMA = {
-    "DATA.BATCH_SIZE": 1,
-    "DATA.IMG_SIZE": 1,
-    "DATA.NUM_WORKERS": 0,
-    "MODEL.NUM_CLASSES": 1,
-    "TRAIN.EPOCHS": 1,
-    "TRAIN.WARMUP_EPOCHS": 0,
-    "TRAIN.ACCUMULATION_STEPS": 1,
-    "TRAIN.CLIP_GRAD": 0.0,
-    "TRAIN.MAX_NONFINITE_STEPS": 1,
-    "SAVE_FREQ": 1,
-    "SAVE_STEPS": 0,
-    "PRINT_FREQ": 1,
+# Smallest and largest allowed values; everything else is checked by the part that uses it.
+RANGES = {
+    "DATA.BATCH_SIZE": (1, None),
+    "DATA.IMG_SIZE": (1, None),
+    "DATA.NUM_WORKERS": (0, None),
+    "MODEL.NUM_CLASSES": (1, None),
+    "MODEL.DROP_RATE": (0, 1),
+    "MODEL.DROP_PATH_RATE": (0, 1),
+    "MODEL.LABEL_SMOOTHING": (0, 1),
+    "MODEL.SWIN.PATCH_SIZE": (1, None),
+    "MODEL.SWIN.WINDOW_SIZE": (1, None),
+    "MODEL.SWIN.IN_CHANS": (1, None),
+    "MODEL.SWIN.EMBED_DIM": (1, None),
+    "TRAIN.EPOCHS": (1, None),
+    "TRAIN.WARMUP_EPOCHS": (0, None),
+    "TRAIN.ACCUMULATION_STEPS": (1, None),
+    "TRAIN.CLIP_GRAD": (0, None),
+    "TRAIN.MAX_NONFINITE_STEPS": (1, None),
+    "AUG.HFLIP": (0, 1),
+    "AUG.REPROB": (0, 1),
+    "SAVE_FREQ": (1, None),
+    "SAVE_STEPS": (0, None),
+    "PRINT_FREQ": (1, None),
 }
 
 
 def nearest(name: str, known: Any) -> str:
     """`` (did you mean …?)``, or nothing where no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    lower = {key.lower(): key for key in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[close[0]]}?" if close else ""
 
 
 def get_config(args: Any) -> CfgNode:
@@ -215,7 +227,7 @@ def get_config(args: Any) -> CfgNode:
     merge_opts(config, getattr(args, "opts", None) or [])
     for flag, key in FLAG_KEYS.items():
         value = getattr(args, flag, None)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != "":
             set_key(config, key, value, f"--{flag.replace('_', '-')}")
     if getattr(args, "disable_amp", False) or config.AMP_OPT_LEVEL == "O0":
         config.AMP_ENABLE = False
@@ -228,22 +240,26 @@ def get_config(args: Any) -> CfgNode:
 
 def merge_file(config: CfgNode, path: Path, seen: tuple[Path, ...] = ()) -> None:
     """Merge a YAML file into ``config``, the files of its ``BASE`` first."""
+    named = f"BASE of {seen[-1]}: " if seen else "--cfg "
     if path.resolve() in seen:
         raise ValueError(f"{path}: BASE leads back to this file")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as err:
-        raise FileNotFoundError(f"--cfg {path}: no such file; official configs are under configs/") from err
+        raise FileNotFoundError(f"{named}{path}: no such file; official configs are under configs/") from err
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as err:
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(err).split())}") from err
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected KEY: value lines, found {type(values).__name__}")
     base = values.pop("BASE", None) or []
-    for name in [base] if isinstance(base, str) else base:
-        if name:
-            merge_file(config, path.parent / name, (*seen, path.resolve()))
+    base = [base] if isinstance(base, str) else base
+    if not isinstance(base, list) or not all(isinstance(name, str) for name in base):
+        raise ValueError(f"{path}: BASE={base!r} must be a list of files")
+    for name in filter(None, base):
+        merge_file(config, path.parent / name, (*seen, path.resolve()))
     for key, value in _leaves(values):
-        set_key(config, key, value, str(path))
+        if value is not None or not isinstance(config.get(key), dict):  # a section may be empty
+            set_key(config, key, value, str(path))
 
 
 def merge_opts(config: CfgNode, opts: list[str]) -> None:
@@ -276,14 +292,19 @@ def _leaves(node: dict, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _coerce(value: Any, default: Any, where: str) -> Any:
-    """``value`` as the type of ``default``: strings are read as literals, whole numbers serve as floats."""
+    """``value`` as the type of ``default``: strings are read as literals, whole numbers serve as floats.
+
+    A None empties a string, and turns clipping off, as officially.
+    """
     if isinstance(value, str) and not isinstance(default, str):
         with suppress(ValueError, SyntaxError):  # a plain string stays one; the check below decides
             value = ast.literal_eval(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if value is None and (isinstance(default, str) or where.endswith(".CLIP_GRAD")):
+        return "" if isinstance(default, str) else None
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
-        return type(default)(value)
+        return type(default)(_coerce(item, default[0], where) if default else item for item in value)
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # TAG 1 is a fine tag
     if default is None or type(value) is type(default):
@@ -296,9 +317,13 @@ def _check(config: CfgNode) -> None:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise ValueError(f"{key}={values[key]!r}; choose from {list(choices)}")
-    for key, least in MINIMA.items():
+    for key, (least, most) in RANGES.items():
+        if values[key] is None:
+            continue
         if values[key] < least:
             raise ValueError(f"{key}={values[key]}; the smallest allowed value is {least}")
+        if most is not None and values[key] > most:
+            raise ValueError(f"{key}={values[key]}; the largest allowed value is {most}")
     mixed = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
     training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
     if training and mixed and config.DATA.BATCH_SIZE % 2:

@@ -30,6 +30,7 @@ from launch import Session, Stopped
 from logger import ProgressBar
 from lr_scheduler import build_scheduler
 from meters import EpochMeters, write_scalars
+from models.attention import resolve_backend
 from optimizer import build_optimizer
 
 ComputeLoss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
@@ -98,6 +99,12 @@ def describe(session: Session, model: nn.Module) -> None:
     config, logger = session.config, session.logger
     logger.info(f"Creating model:{config.MODEL.TYPE}/{config.MODEL.NAME}")
     logger.info(str(model))
+    name = config.MODEL.ATTENTION_BACKEND
+    chosen = {
+        label: resolve_backend(name, session.device, session.amp_dtype, grad)
+        for label, grad in (("training", True), ("evaluation", False))
+    }
+    logger.info(f"attention backend {name}: {', '.join(f'{backend} in {label}' for label, backend in chosen.items())}")
     logger.info(f"number of params: {sum(p.numel() for p in model.parameters() if p.requires_grad)}")
     if hasattr(model, "flops"):
         logger.info(f"number of GFLOPs: {model.flops() / 1e9}")

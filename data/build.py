@@ -30,7 +30,7 @@ def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -
     if simmim:
         raise ValueError("simmim=True: this version has no SimMIM loaders yet")
     if config.DATA.DATASET not in DATASETS:
-        raise ValueError(f"DATA.DATASET={config.DATA.DATASET!r}; choose from {list(DATASETS)}")
+        raise ValueError(f"DATA.DATASET={config.DATA.DATASET!r} is not in this version; choose from {list(DATASETS)}")
     if config.DATA.ZIP_MODE:
         raise ValueError("DATA.ZIP_MODE=True (--zip) is not in this version; unzip the data and leave the flag out")
     classes = settle_classes(config)

@@ -6,8 +6,15 @@ from typing import Any
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+# The official names; evaluation takes bilinear for any other.
+EVAL_INTERPOLATION = {
+    "bicubic": InterpolationMode.BICUBIC,
+    "lanczos": InterpolationMode.LANCZOS,
+    "hamming": InterpolationMode.HAMMING,
+}
 
 
 def build_transform(is_train: bool, config: Any) -> Callable:
@@ -17,17 +24,23 @@ def build_transform(is_train: bool, config: Any) -> Callable:
 
 def _train_transform(config: Any) -> Callable:
     aug, size = config.AUG, config.DATA.IMG_SIZE
-    transform = create_transform(
-        input_size=size,
-        is_training=True,
-        hflip=aug.HFLIP,
-        color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
-        auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
-        re_prob=aug.REPROB,
-        re_mode=aug.REMODE,
-        re_count=aug.RECOUNT,
-        interpolation=config.DATA.INTERPOLATION,
-    )
+    try:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
+            auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+            interpolation=config.DATA.INTERPOLATION,
+        )
+    except (AssertionError, KeyError) as err:
+        raise ValueError(
+            f"AUG.AUTO_AUGMENT={aug.AUTO_AUGMENT!r} is not a policy of timm's, such as "
+            "rand-m9-mstd0.5-inc1, original or none"
+        ) from err
     if _is_small(size):
         transform.transforms[0] = transforms.RandomCrop(size, padding=4)
     for step in transform.transforms:
@@ -40,7 +53,7 @@ def _train_transform(config: Any) -> Callable:
 def _eval_transform(config: Any) -> Callable:
     size, steps = config.DATA.IMG_SIZE, []
     if not _is_small(size):
-        interpolation = str_to_interp_mode(config.DATA.INTERPOLATION)
+        interpolation = EVAL_INTERPOLATION.get(config.DATA.INTERPOLATION, InterpolationMode.BILINEAR)
         if config.TEST.CROP:
             steps += [transforms.Resize(int(256 / 224 * size), interpolation), transforms.CenterCrop(size)]
         else:

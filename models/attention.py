@@ -143,18 +143,19 @@ class AttentionBase(nn.Module):
     def dropout_p(self) -> float:
         return self.attn_drop.p if self.training else 0.0
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """On windows that are cut already: (B * nW, N, C), and a mask (nW, N, N) or None."""
-        windows, N, C = x.shape
-        kinds = 1 if mask is None else mask.shape[0]
-        qkv = self.packed_qkv(x).view(windows // kinds, kinds, N, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)  # each B, nW, nH, N, d
-        backend = resolve_backend(self.backend, q.device, q.dtype, torch.is_grad_enabled(), windows)
-        x = ATTEND[backend](q, k, v, self.position_bias(), mask, self.scale, self.dropout_p)
-        return self.proj_drop(self.proj(x.transpose(2, 3).reshape(windows, N, C)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, shift_size: Pair = 0) -> Tensor:
+        """Attend within windows.
 
-    def forward_map(self, x: Tensor, mask: Tensor | None, shift_size: Pair) -> Tensor:
-        """On maps in image order: (B, H, W, C) to (B, H, W, C)."""
+        Args:
+            x: windows that are cut already (B * nW, N, C), as officially, or maps in image order (B, H, W, C).
+            mask: (nW, N, N), what to add to the logits of each kind of window, or None.
+            shift_size: of the windows of maps.
+
+        Returns:
+            What ``x`` is, in shape and order.
+        """
+        if x.ndim == 3:
+            return self._forward_windows(x, mask)
         x = window_attention(
             self.packed_qkv(x),
             self.position_bias(),
@@ -167,6 +168,15 @@ class AttentionBase(nn.Module):
             backend=self.backend,
         )
         return self.proj_drop(self.proj(x))
+
+    def _forward_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        windows, N, C = x.shape
+        kinds = 1 if mask is None else mask.shape[0]
+        qkv = self.packed_qkv(x).view(windows // kinds, kinds, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)  # each B, nW, nH, N, d
+        backend = resolve_backend(self.backend, q.device, q.dtype, torch.is_grad_enabled(), windows)
+        x = ATTEND[backend](q, k, v, self.position_bias(), mask, self.scale, self.dropout_p)
+        return self.proj_drop(self.proj(x.transpose(2, 3).reshape(windows, N, C)))
 
 
 def set_attention_backend(model: nn.Module, name: str) -> None:

@@ -182,10 +182,10 @@ class Backbone(nn.Module):
 
 
 def _check_widths(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
-    if len(depths) != len(num_heads):
-        raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must name the same number of stages")
-    for i, heads in enumerate(num_heads):
-        if (embed_dim * 2**i) % heads:
+    if len(depths) > len(num_heads):
+        raise ValueError(f"depths={list(depths)} names more stages than num_heads={list(num_heads)}")
+    for i, heads in enumerate(num_heads[: len(depths)]):
+        if heads < 1 or (embed_dim * 2**i) % heads:
             raise ValueError(
                 f"num_heads={list(num_heads)}: stage {i + 1} has {embed_dim * 2**i} channels, which "
                 f"{heads} heads do not divide"

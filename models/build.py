@@ -18,7 +18,7 @@ def build_model(config, is_pretrain: bool = False) -> nn.Module:
     if is_pretrain:
         raise ValueError("is_pretrain=True: this version has no pre-training models yet")
     if kind not in MODELS:
-        raise ValueError(f"MODEL.TYPE={kind!r}; choose from {sorted(MODELS)}")
+        raise ValueError(f"MODEL.TYPE={kind!r} is not in this version; choose from {sorted(MODELS)}")
     model_class, section = MODELS[kind]
     arguments = {key.lower(): value for key, value in config.MODEL[section].items()}
     model = model_class(

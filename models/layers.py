@@ -62,7 +62,8 @@ class PatchEmbed(nn.Module):
         if x.shape[1:] != (self.in_chans, *self.img_size):
             raise ValueError(
                 f"the model takes images of {self.in_chans}x{self.img_size[0]}x{self.img_size[1]}, not of "
-                f"{'x'.join(map(str, x.shape[1:]))}; resize them, or build it with another img_size (DATA.IMG_SIZE)"
+                f"{'x'.join(map(str, x.shape[1:]))}; change them, or build it with another in_chans (IN_CHANS) or "
+                "img_size (DATA.IMG_SIZE)"
             )
         x = self.proj(x).flatten(2).transpose(1, 2)  # B, L, C
         return x if self.norm is None else self.norm(x)
@@ -163,6 +164,8 @@ def fit_window(resolution: tuple[int, int], window_size: int, shift_size: int) -
 
 def check_input_size(img_size: Pair, patch_size: Pair, window_size: int, num_stages: int) -> None:
     """Raise ``ValueError`` where the stages cannot cut images of this size into windows, naming sizes that work."""
+    if window_size < 1 or min(to_2tuple(patch_size)) < 1:
+        raise ValueError(f"window_size={window_size} and patch_size={patch_size} must be at least 1")
     problem = _input_size_problem(to_2tuple(img_size), to_2tuple(patch_size), window_size, num_stages)
     if problem is None:
         return

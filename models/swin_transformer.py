@@ -136,7 +136,7 @@ class SwinTransformerBlock(Block):
         B, L, C = x.shape
         if L != H * W:
             raise ValueError(f"{L} tokens are not the {H}x{W} map that this block was built for")
-        return self.attn.forward_map(x.view(B, H, W, C), self.attn_mask, self.shift_size).view(B, L, C)
+        return self.attn(x.view(B, H, W, C), self.attn_mask, self.shift_size).view(B, L, C)
 
     def extra_repr(self) -> str:
         return (

@@ -108,9 +108,16 @@ def image_folder(tmp_path: Path) -> Path:
 def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script of the project, as ``python`` or with ``torchrun=N``; output goes to ``tmp_path/output``."""
 
-    def call(script: str, *arguments, torchrun: int = 0, check: bool = True, env: dict | None = None):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(torchrun)]
-        command = [sys.executable, *(launcher if torchrun else []), ROOT / script, *arguments]
+    def call(
+        script: str | Path,
+        *arguments,
+        torchrun: int = 0,
+        launcher: str = "torch.distributed.run",
+        check: bool = True,
+        env: dict | None = None,
+    ):
+        launch = ["-m", launcher, "--standalone", "--nproc_per_node", str(torchrun)]
+        command = [sys.executable, *(launch if torchrun else []), ROOT / script, *arguments]
         result = subprocess.run(
             [str(part) for part in command],
             capture_output=True,

@@ -13,7 +13,13 @@ from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
 import utils
-from checkpoint import compare, pretrained_state, resize_bias_table, resize_position_embedding
+from checkpoint import (
+    compare,
+    pretrained_state,
+    resize_bias_table,
+    resize_bias_table_geometric,
+    resize_position_embedding,
+)
 from config import to_dict
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -180,10 +186,17 @@ def test_finished_epochs_replace_files_of_their_steps(parts):
     assert sorted(p.name for p in folder.iterdir()) == ["ckpt_epoch_0.pth", "ckpt_epoch_1.pth"]
 
 
-@pytest.mark.parametrize("case", golden("pretrained")["bicubic"], ids=lambda c: f"{c['src_window']}to{c['dst_window']}")
-def test_resized_bias_tables_are_the_official_ones(case):
+BIAS_TABLES = [
+    pytest.param(resize, case, id=f"{kind}-{case['src_window']}to{case['dst_window']}")
+    for kind, resize in (("bicubic", resize_bias_table), ("simmim_geometric", resize_bias_table_geometric))
+    for case in golden("pretrained")[kind]
+]
+
+
+@pytest.mark.parametrize("resize, case", BIAS_TABLES)
+def test_resized_bias_tables_are_the_official_ones(resize, case):
     source = golden_values(case["param_name"], ((2 * case["src_window"] - 1) ** 2, case["heads"]))
-    check_resized(resize_bias_table(source, torch.zeros(case["shape"])), case)
+    check_resized(resize(source, torch.zeros(case["shape"])), case)
 
 
 @pytest.mark.parametrize("case", golden("pretrained")["ape"], ids=lambda c: f"{c['src_grid']}to{c['dst_grid']}")

@@ -106,6 +106,10 @@ def test_amp_opt_level_o0_turns_amp_off():
         (["DATA.NUM_WORKERS", "-1"], "DATA.NUM_WORKERS=-1; the smallest allowed value is 0"),
         (["DATA.BATCH_SIZE", "7"], "must be even with mixup"),
         (["AMP_DTYPE", "bf32"], "choose from"),
+        (["AUG.MIXUP_MODE", "elm"], "choose from"),
+        (["MODEL.DROP_PATH_RATE", "2"], "the largest allowed value is 1"),
+        (["MODEL.SWIN.DEPTHS", "['a',2]"], "MODEL.SWIN.DEPTHS='a' is of type str"),
+        (["model.type", "swin"], "did you mean MODEL.TYPE?"),
     ],
 )
 def test_wrong_options_name_the_way_out(opts, message):
@@ -118,6 +122,16 @@ def test_unknown_key_in_a_file_names_file_and_nearest_key(tmp_path):
     (tmp_path / "c.yaml").write_text("TRAIN: {BASE_LRS: 1}")
     with pytest.raises(ValueError, match=r"c\.yaml: unknown key TRAIN\.BASE_LRS; did you mean TRAIN\.BASE_LR\?"):
         make_config(tmp_path / "c.yaml")
+
+
+def test_none_and_empty_values_mean_what_they_did_officially(tmp_path):
+    (tmp_path / "c.yaml").write_text("DATA:\nTRAIN: {CLIP_GRAD: null}\nMODEL: {PRETRAINED: ~}\nTAG: mine")
+    config = make_config(tmp_path / "c.yaml", tag="", optim="", resume="")
+    assert config.TRAIN.CLIP_GRAD is None and config.MODEL.PRETRAINED == "" and config.TAG == "mine"
+    assert config.TRAIN.OPTIMIZER.NAME == "adamw"
+    with pytest.raises(FileNotFoundError, match=r"BASE of .*d\.yaml: .*nowhere\.yaml: no such file"):
+        (tmp_path / "d.yaml").write_text("BASE: nowhere.yaml")
+        make_config(tmp_path / "d.yaml")
 
 
 def test_values_take_the_type_of_the_default():

@@ -76,6 +76,24 @@ def test_small_images_are_padded_and_cropped():
     assert len(build_transform(False, make_config(None, "DATA.IMG_SIZE", 32)).transforms) == 2  # no resizing
 
 
+def test_horizontal_flips_can_be_turned_off():
+    for probability, expected in ((0.0, 0), (0.5, 1)):
+        steps = build_transform(True, make_config(None, "AUG.HFLIP", probability)).transforms
+        assert sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps) == expected
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear", "hamming", "lanczos", "nearest", "random"])
+def test_every_interpolation_works(name):
+    config = make_config(None, "DATA.INTERPOLATION", name)
+    for is_train in (True, False):
+        assert build_transform(is_train, config)(photo(300, 250)).shape == (3, 224, 224)
+
+
+def test_unknown_augmentation_is_named():
+    with pytest.raises(ValueError, match=r"AUG\.AUTO_AUGMENT='bogus'"):
+        build_transform(True, make_config(None, "AUG.AUTO_AUGMENT", "bogus"))
+
+
 def test_posterize_without_bits_is_black():
     image = photo(32, 32)
     assert not np.array(posterize(image, 0)).any()

@@ -3,13 +3,13 @@
 import copy
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, make_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import launch
@@ -108,38 +108,33 @@ def test_no_progress_bar_in_files(image_folder, run_script):
     assert "\r" not in result.stdout + result.stderr and " left" not in result.stderr
 
 
-class CountReads(TorchDispatchMode):
-    """Counts reads of device values, which would make the host wait for an accelerator."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__")
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_no_device_value_is_read_between_prints(image_folder, tmp_path, mixed):
-    """With an optimizer that skips on the device, as on accelerators."""
-    opts = ["TRAIN.OPTIMIZER.NAME", "fused_adam", "PRINT_FREQ", 100]
+def test_no_device_value_is_read_between_prints(image_folder, tmp_path, monkeypatch, mixed):
+    """With an optimizer that skips on the device, as on accelerators, where each read would make the host wait."""
+    opts = ["TRAIN.OPTIMIZER.NAME", "fused_adam", "PRINT_FREQ", 3]
     opts += [] if mixed else ["AUG.MIXUP", 0, "AUG.CUTMIX", 0]
+    reads, counts = [], []
     with start(image_folder, tmp_path, *opts) as session:
         run, mixup = prepared(session)
-        loss, counter, counts = SupervisedLoss(mixup, 0.1), CountReads(), []
+        batches = type("Batches", (list,), {"sampler": run.loader_train.sampler})(run.loader_train)
+        run.loader_train = batches  # decoded beforehand: decoding reads values of its own
+        loss = SupervisedLoss(mixup, 0.1)
 
         def counted(model, batch):
-            counts.append(counter.count)
+            counts.append(len(reads))
             return loss(model, batch)
 
-        batches = list(run.loader_train)  # decoding reads values of its own
-        batches_type = type("Batches", (list,), {"sampler": run.loader_train.sampler})
-        run.loader_train = batches_type(batches)
-        with counter:
-            engine.train_one_epoch(run, counted)
-    assert counts[2] > 0 or counts[1] >= 0
-    assert len(set(counts[2:])) == 1  # the first step prints; after it nothing is read
+        for name in READS:
+            original = getattr(torch.Tensor, name)
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda *a, _f=original, _n=name, **k: (reads.append(_n), _f(*a, **k))[1]
+            )
+        engine.train_one_epoch(run, counted)
+    during = [after - before for before, after in pairwise(counts)]
+    assert [count > 0 for count in during] == [True, False, False, True, False, False]  # steps 0 and 3 print
 
 
 def weights(run) -> list[torch.Tensor]:
@@ -279,3 +274,75 @@ def test_training_on_the_accelerator(image_folder, tmp_path):
         engine.throughput(session, run.model, runs=3)
         assert run.optimizer.param_groups[0]["fused"]
         assert all(p.isfinite().all() and p.device.type == session.device.type for p in run.model.parameters())
+
+
+def test_progress_bar_shows_on_a_terminal_only(monkeypatch):
+    import io
+    import sys
+
+    from logger import ProgressBar
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, enabled, shown in ((Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = ProgressBar("epoch 3", 10, enabled)
+        for step in range(10):
+            bar.update(step + 1)
+        bar.close()
+        assert ("epoch 3 [==============================] 10/10 0:00:00 left" in stream.getvalue()) == shown
+        assert bool(stream.getvalue()) == shown
+
+
+@pytest.mark.parametrize(
+    "opts, dtype",
+    [
+        ([], torch.float32),
+        (["AMP_DTYPE", "bf16"], torch.bfloat16),
+        (["AMP_DTYPE", "fp16"], torch.float16),
+        (["AMP_DTYPE", "bf16", "AMP_ENABLE", False], torch.float32),
+    ],
+)
+def test_precision_on_a_cpu(opts, dtype):
+    assert launch.pick_amp_dtype(make_config(None, *opts), torch.device("cpu")) == dtype
+
+
+def test_precision_is_bf16_where_the_accelerator_has_it(monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert launch.pick_amp_dtype(make_config(), torch.device("cuda")) == dtype
+
+
+def test_attention_backend_by_device_and_precision():
+    from models.attention import resolve_backend
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert resolve_backend("auto", cpu, torch.float32, True) == "sdpa"
+    assert resolve_backend("auto", cpu, torch.bfloat16, True) == "reference"
+    assert resolve_backend("auto", cpu, torch.bfloat16, False) == "sdpa"
+    assert resolve_backend("auto", cuda, torch.bfloat16, True, windows=65535) == "sdpa"
+    assert resolve_backend("auto", cuda, torch.bfloat16, True, windows=65536) == "reference"
+    assert resolve_backend("reference", cuda, torch.bfloat16, True) == "reference"
+
+
+def test_flags_without_an_effect_say_so_once(image_folder, tmp_path):
+    with start(image_folder, tmp_path, "FUSED_LAYERNORM", True, "FUSED_WINDOW_PROCESS", True) as session:
+        run, mixup = prepared(session)
+        engine.describe(session, run.model)
+        engine.train_one_epoch(run, SupervisedLoss(mixup, 0.1))
+    log = log_of(session)
+    assert log.count("--fused_layernorm: PyTorch's layer norm is already fused") == 1
+    assert log.count("--fused_window_process: the extension is not built") == 1
+    assert log.count("attention backend auto: sdpa in training, sdpa in evaluation") == 1
+
+
+def test_deterministic_training_runs(image_folder, tmp_path):
+    try:
+        with start(image_folder, tmp_path, "DETERMINISTIC", True, "TRAIN.EPOCHS", 1) as session:
+            assert torch.are_deterministic_algorithms_enabled()
+            run, mixup = prepared(session)
+            engine.fit(run, SupervisedLoss(mixup, 0.1))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,37 +26,61 @@ def assert_same(a: Path, b: Path) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
     for key in ("max_accuracy", "epoch", "progress"):
         assert first[key] == second[key], key
-    assert torch.equal(first["rng"][0]["torch"], second["rng"][0]["torch"])
+    for one, two in zip(first["rng"], second["rng"], strict=True):
+        assert torch.equal(one["torch"], two["torch"]) and torch.equal(one["numpy"][1], two["numpy"][1])
 
 
-def interrupted(arguments: list[str], cwd: Path, marker: str, number: int) -> int:
-    """Run main.py, send a signal once a line with ``marker`` appears, return the exit code."""
-    command = [sys.executable, str(ROOT / "main.py"), *arguments]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as child:
-        for line in child.stdout:
-            if marker.encode() in line:
-                child.send_signal(number)
-                break
-        child.stdout.read()
-    return child.returncode
+# main.py that sends itself a signal when it begins a given training step, counted over the run and on each rank.
+STOPS_ITSELF = """
+import os, sys
+sys.path.insert(0, {root!r})
+import launch, main
+number, stop_at, seen = int(os.environ["SIGNAL"]), int(os.environ["STOP_AT"]), 0
+compute = main.SupervisedLoss.__call__
+def counted(self, model, batch):
+    global seen
+    seen += 1
+    if seen == stop_at:
+        os.kill(os.getpid(), number)
+    return compute(self, model, batch)
+main.SupervisedLoss.__call__ = counted
+launch.run(main.main, "")
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_resumes_to_the_same_weights(image_folder, tmp_path, run_script, number):
+@pytest.mark.parametrize(
+    "number, stop_at, processes, opts",
+    [
+        (signal.SIGKILL, 1, 1, []),  # before anything is saved
+        (signal.SIGKILL, 6, 1, []),
+        (signal.SIGKILL, 11, 1, ["TRAIN.ACCUMULATION_STEPS", 2]),  # within a group
+        (signal.SIGTERM, 4, 1, ["TRAIN.ACCUMULATION_STEPS", 3]),
+        (signal.SIGINT, 12, 1, []),
+        (signal.SIGKILL, 7, 2, ["DATA.BATCH_SIZE", 2]),
+        (signal.SIGTERM, 9, 2, ["DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 2, "PRINT_FREQ", 2]),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_weights(
+    image_folder, tmp_path, run_script, number, stop_at, processes, opts
+):
     """All random parts on; another number of workers after the resume."""
-    arguments = small_run(image_folder, "PRINT_FREQ", 1, "SAVE_STEPS", 2, "AUG.REPROB", 0.5)
+    torchrun = processes if processes > 1 else 0
+    arguments = small_run(image_folder, "SAVE_STEPS", 2, "AUG.REPROB", 0.5, *opts)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
-    run_script("main.py", *arguments, "--output", whole / "output")
-    code = interrupted(arguments, parts, "Train: [1/2][3/7]", number)
-    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
-    saved = [path.name for path in (parts / SAVED).glob("*.pth")]
-    assert "ckpt_epoch_1.pth" not in saved and any("_step_" in name for name in saved)
-    result = run_script("main.py", *arguments, "DATA.NUM_WORKERS", 2, "--output", parts / "output")
-    assert re.search(r"auto resuming from .*ckpt_epoch_1_step_[2-6]\.pth", result.stdout)
-    final = "output/small/default/ckpt_epoch_1.pth"
-    assert_same(whole / final, parts / final)
+    run_script("main.py", *arguments, "--output", whole, torchrun=torchrun)
+    script = tmp_path / "stops_itself.py"
+    script.write_text(STOPS_ITSELF.format(root=str(ROOT)))
+    environment = {"SIGNAL": str(int(number)), "STOP_AT": str(stop_at)}
+    stopped = run_script(script, *arguments, "--output", parts, torchrun=torchrun, check=False, env=environment)
+    if torchrun:
+        assert stopped.returncode != 0
+    else:
+        assert stopped.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
+    assert not (parts / "small/default/ckpt_epoch_1.pth").exists()
+    if number != signal.SIGKILL:
+        assert len(list((parts / "small/default").glob("ckpt_epoch_*_step_*.pth"))) == 1
+    run_script("main.py", *arguments, "DATA.NUM_WORKERS", 2, "--output", parts, torchrun=torchrun)
+    assert_same(*(root / "small/default/ckpt_epoch_1.pth" for root in (whole, parts)))
 
 
 def test_train_evaluate_resume(image_folder, tmp_path, run_script):
@@ -89,12 +112,8 @@ def test_two_processes_equal_one(tmp_path, run_script, launcher):
     common = ["TRAIN.EPOCHS", 1, "PRINT_FREQ", 1, "MODEL.DROP_PATH_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
     arguments = {size: small_run(data, *common, "DATA.BATCH_SIZE", size) for size in (6, 12)}
     one = run_script("main.py", *arguments[12], "--tag", "one").stdout
-    if launcher == "torchrun":
-        two = run_script("main.py", *arguments[6], "--tag", "two", torchrun=2).stdout
-    else:
-        module = ["-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29511"]
-        command = [sys.executable, *module, str(ROOT / "main.py"), *arguments[6], "--tag", "two"]
-        two = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
+    two = run_script("main.py", *arguments[6], "--tag", "two", torchrun=2, launcher=module).stdout
     numbers = [re.findall(r"loss ([\d.]+) .*grad_norm ([\d.]+)", text) for text in (one, two)]
     assert len(numbers[0]) == 10
     for (loss, norm), (other_loss, other_norm) in zip(*numbers, strict=True):
@@ -184,3 +203,36 @@ def test_evaluation_checks_class_names(image_folder, tmp_path, run_script):
         (image_folder / split / "bee").rename(image_folder / split / "boa")
     result = run_script("main.py", "--eval", *small_run(image_folder), check=False)
     fails(result, "they differ in bee, boa")
+
+
+# main.py that counts the all-reduces of DistributedDataParallel.
+COUNTS_REDUCTIONS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist, engine, launch, main
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+count = 0
+def counted(group, bucket):
+    global count
+    count += 1
+    return allreduce_hook(group, bucket)
+class Counting(engine.DistributedDataParallel):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(dist.group.WORLD, counted)
+engine.DistributedDataParallel = Counting
+launch.run(main.main, "")
+print("REDUCTIONS", count)
+"""
+
+
+def test_accumulation_reduces_once_per_update(image_folder, tmp_path, run_script):
+    """15 images a rank, batches of 2: 7 batches, in groups of 3: 3 updates, on a model of one bucket."""
+    script = tmp_path / "counts.py"
+    script.write_text(COUNTS_REDUCTIONS.format(root=str(ROOT)))
+    counts = []
+    for steps in (1, 3):
+        opts = ["DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", steps, "TRAIN.EPOCHS", 1]
+        output = run_script(script, *small_run(image_folder, *opts), "--tag", str(steps), torchrun=2).stdout
+        counts.append(int(re.search(r"REDUCTIONS (\d+)", output)[1]))
+    assert counts[0] % 7 == 0 and counts[1] * 7 == counts[0] * 3

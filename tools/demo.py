@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DATA = Path("datasets/digits")
 CONFIG = Path("configs/demo/swin_digits.yaml")
+EXPECTED = 97.0  # percent
 INTERRUPT_AT = "Train: [2/"  # as a person would press Ctrl-C, in the third epoch
 
 
@@ -27,6 +28,8 @@ def main() -> None:
     evaluate = [*train[:-2], "--tag", f"{tag}-eval", "--eval", "--resume", checkpoint]
     log = run("Evaluate the checkpoint", evaluate)
     accuracy = re.findall(r" \* Acc@1 ([\d.]+)", log)[-1]
+    if float(accuracy) < EXPECTED:
+        sys.exit(f"demo.py: error: top-1 accuracy {accuracy} % is below the {EXPECTED} % that this recipe reaches")
     say(
         f"\nTop-1 accuracy on digits that it has not seen: {accuracy} %\n"
         f"Checkpoint: {checkpoint}\n"
