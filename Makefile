@@ -13,7 +13,7 @@ help:
 	@echo "make lint      style and format checks"
 	@echo "make format    mend what the checks can mend"
 	@echo "make gpu       the GPU tests and benchmarks, with this machine's own python (PYTHON=...)"
-	@echo "make clean     remove .venv, the digits and output/"
+	@echo "make clean     remove .venv and the digits; output/ stays"
 
 $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,4 +41,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) datasets/digits output
+	rm -rf $(VENV) datasets/digits

@@ -113,15 +113,20 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def _module(device: torch.device) -> Any:
+    """``torch.cuda``, ``torch.mps``, …; they work on the current device, which is this rank's."""
+    return getattr(torch, device.type)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MB: of the allocator on an accelerator, of the process on a CPU."""
-    if device.type != "cpu":
-        return getattr(torch, device.type).max_memory_allocated(device) / 2**20
+    """Peak memory in MB: of the accelerator's allocator where it keeps count, else of the process."""
+    if hasattr(_module(device), "max_memory_allocated"):
+        return _module(device).max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -136,7 +141,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type != "cpu":
-        state["device"] = getattr(torch, device.type).get_rng_state(device)
+        state["device"] = _module(device).get_rng_state()
     return state
 
 
@@ -148,7 +153,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
     torch.set_rng_state(state["torch"])
     if device.type != "cpu" and "device" in state:
-        getattr(torch, device.type).set_rng_state(state["device"], device)
+        _module(device).set_rng_state(state["device"])
 
 
 def broadcast_object(value: Any) -> Any:

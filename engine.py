@@ -6,6 +6,7 @@ stay on the device until they are read together, every ``PRINT_FREQ`` steps.
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +44,10 @@ class Progress:
     epoch: int = 0
     samples: int = 0
     updates: int = 0
+    updates_per_epoch: int = 0
     skipped: int = 0  # updates with non-finite gradients, in all
     skipped_in_row: int = 0
+    uncorrected: int = 0  # those that ``updates`` still counts, until the next printed step
 
 
 @dataclass
@@ -91,7 +94,9 @@ def prepare(
     updates = math.ceil(len(loader_train) / config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, updates)
     scaler = utils.NativeScalerWithGradNormCount(session.device.type, enabled=session.amp_dtype == torch.float16)
-    return Run(session, model, loader_train, loader_val, optimizer, scheduler, scaler, classes or [])
+    first = config.TRAIN.START_EPOCH
+    progress = Progress(epoch=first, updates=first * updates, updates_per_epoch=updates)
+    return Run(session, model, loader_train, loader_val, optimizer, scheduler, scaler, classes or [], progress)
 
 
 def describe(session: Session, model: nn.Module) -> None:
@@ -113,7 +118,8 @@ def describe(session: Session, model: nn.Module) -> None:
 def find_checkpoint(session: Session) -> str:
     """What to continue from: an explicit ``MODEL.RESUME``, else the output folder's newest checkpoint, else ``""``."""
     config, logger = session.config, session.logger
-    if config.MODEL.RESUME or not config.TRAIN.AUTO_RESUME:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then training has gone on from RESUME
+    if not config.TRAIN.AUTO_RESUME or (config.MODEL.RESUME and not restarted):
         return config.MODEL.RESUME
     found = utils.auto_resume_helper(config.OUTPUT, logger) if distributed.is_main() else None
     found = distributed.broadcast_object(found)
@@ -121,7 +127,7 @@ def find_checkpoint(session: Session) -> str:
         logger.info(f"auto resuming from {found}")
     else:
         logger.info(f"no checkpoint found in {config.OUTPUT}, ignoring auto resume")
-    return found or ""
+    return found or config.MODEL.RESUME
 
 
 def load_weights(session: Session, model: nn.Module, classes: list[str]) -> None:
@@ -149,12 +155,16 @@ def restore(run: Run, path: str) -> None:
     saved = _resume(run.session, path, run.model, run.optimizer, run.scheduler, run.scaler)
     check_classes(saved, run.classes, path)
     run.max_accuracy = saved.get("max_accuracy", 0.0)
+    per_epoch = run.progress.updates_per_epoch
     if "progress" in saved:
-        run.progress = Progress(**saved["progress"])
+        run.progress = progress = Progress(**saved["progress"])
+        if progress.updates_per_epoch != per_epoch:  # another batch size, number of processes or amount of data
+            progress.updates = round(progress.updates * per_epoch / progress.updates_per_epoch)
+            progress.updates_per_epoch = per_epoch
+            run.scheduler.step_update(max(progress.updates - 1, 0))
     else:  # an official checkpoint: whole epochs only
         epoch = config.TRAIN.START_EPOCH
-        per_epoch = math.ceil(len(run.loader_train) / config.TRAIN.ACCUMULATION_STEPS)
-        run.progress = Progress(epoch=epoch, updates=epoch * per_epoch)
+        run.progress = Progress(epoch=epoch, updates=epoch * per_epoch, updates_per_epoch=per_epoch)
     states = saved.get("rng", [])
     if len(states) == distributed.world_size():
         distributed.set_rng_state(states[distributed.rank()], run.session.device)
@@ -254,7 +264,7 @@ def _stop_on_signals(run: Run) -> Iterator[None]:
             raise KeyboardInterrupt
         first = first or time.monotonic()
         run.stop_signal = number
-        run.session.logger.warning(f"signal {number}: saving at the next update, then stopping")
+        run.session.logger.warning(f"signal {number}: saving as soon as all processes can, then stopping")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -300,7 +310,9 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
         if step % config.PRINT_FREQ == 0:
             stop = meters.read(step) or stop
         if updates_now:
-            stop = stop or (world_size == 1 and bool(run.stop_signal))  # more must agree, which they do at a read
+            # Processes must agree. On accelerators they do at a printed step: asking each time would make them wait.
+            if world_size == 1 or run.session.device.type == "cpu":
+                stop = distributed.any_rank(bool(run.stop_signal), run.session.device) or stop
             due = config.SAVE_STEPS and step + 1 - last_saved >= config.SAVE_STEPS and step + 1 < steps
             if stop or due:
                 meters.flush(step)
@@ -309,7 +321,7 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
             if stop:
                 bar.close()
                 raise Stopped(run.stop_signal or signal.SIGTERM)
-    meters.flush(steps - 1)
+    meters.finish(steps - 1)
     bar.close()
     run.session.logger.info(f"EPOCH {epoch} training takes {timedelta(seconds=int(time.time() - began))}")
 
@@ -358,7 +370,7 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
     top = logits.topk(min(5, logits.shape[1])).indices
     hits = (top == targets[:, None]).float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
-    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))])
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(targets))])
 
 
 def _means(sums: Tensor) -> tuple[float, float, float]:

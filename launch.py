@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 import distributed
 from config import CHOICES, get_config, nearest, to_dict
-from logger import create_logger
+from logger import CLEAR_LINE, create_logger
 
 # What users can cause and mend. It ends a run in one line; the traceback goes to the log file.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -99,12 +100,22 @@ def run(main: Callable[[Any], Any], description: str) -> None:
     except USER_ERRORS as err:
         # An error from a loader's worker carries the worker's traceback; its last line is the message.
         lines = [line for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {lines[-1].strip()}\n")
-        sys.stderr.flush()
-        # Not sys.exit: other ranks may wait in a collective, and the process group would wait for them.
-        os._exit(1) if distributed.world_size() > 1 else sys.exit(1)
+        bar = CLEAR_LINE if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{bar}{Path(sys.argv[0]).name}: error: {lines[-1].strip()}\n")
+        _exit(1)
+    except Exception:
+        traceback.print_exc()
+        _exit(1)
     finally:
         distributed.stop()
+
+
+def _exit(code: int) -> None:
+    """End this process; at once if others may wait for it in a collective, for the group would wait for them."""
+    sys.stderr.flush()
+    if distributed.world_size() > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

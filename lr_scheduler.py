@@ -17,6 +17,10 @@ class ScaledOnce(Scheduler):
         for group, value in zip(groups, values if isinstance(values, list) else [values] * len(groups), strict=True):
             group[self.param_group_field] = value
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore nothing: rates follow from the configuration and the update alone, also when a run is resumed with
+        other epochs or another batch size."""
+
 
 class Cosine(ScaledOnce, CosineLRScheduler):
     pass
@@ -43,7 +47,7 @@ class Linear(ScaledOnce):
     def _get_lr(self, t: int) -> list[float]:
         if t < self.warmup_t:
             return [self.warmup_lr_init + t * (base - self.warmup_lr_init) / self.warmup_t for base in self.base_values]
-        done = (t - self.warmup_t) / (self.t_initial - self.warmup_t)
+        done = min((t - self.warmup_t) / (self.t_initial - self.warmup_t), 1.0)
         return [base - (base - base * self.lr_min_rate) * done for base in self.base_values]
 
 

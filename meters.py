@@ -20,10 +20,11 @@ class EpochMeters:
 
     def __init__(self, run: Any, first_step: int):
         self.run = run
-        self.pending: list[dict[str, Tensor]] = []
-        self.totals: dict[str, list[float]] = {}  # name: sum, count, last
-        self.first_step = first_step
-        self.began = self.last_read = time.perf_counter()
+        self.pending: list[dict[str, Tensor]] = []  # on the device
+        self.window: dict[str, list[float]] = {}  # since the last printed step
+        self.totals: dict[str, list[float]] = {}  # name: sum, count, last; of the epoch
+        self.first_step = self.next_unprinted = first_step
+        self.began = self.last_printed = time.perf_counter()
 
     def add(self, loss: Tensor, norm: Tensor | None, values: dict[str, Tensor]) -> None:
         row = {"loss": loss, **values}
@@ -33,39 +34,54 @@ class EpochMeters:
 
     def read(self, step: int) -> bool:
         """Read, check and log the steps up to ``step``. Returns whether any rank wants to stop."""
-        count = len(self.pending)
-        window, stop = self._collect(step)
-        if not count:
-            return stop
+        stop = self.flush(step)
+        self._correct_updates()
         now = time.perf_counter()
-        seconds, self.last_read = (now - self.last_read) / count, now
-        self._log(step, seconds, (now - self.began) / (step + 1 - self.first_step), window)
+        seconds = (now - self.last_printed) / (step + 1 - self.next_unprinted)
+        self._log(step, seconds, (now - self.began) / (step + 1 - self.first_step))
+        self.last_printed, self.next_unprinted = now, step + 1
+        self.window.clear()
         return stop
 
-    def flush(self, step: int) -> None:
-        """Take in what is pending, before the state is saved; nothing is logged."""
-        self._collect(step)
+    def finish(self, step: int) -> None:
+        """Take in the last steps of the epoch, of which ``step`` is the last."""
+        self.flush(step)
+        self._correct_updates()
 
-    def _collect(self, step: int) -> tuple[dict[str, float], bool]:
-        """One transfer for all pending values, averaged over ranks. Returns the window's means, and the stop flag."""
+    def flush(self, step: int) -> bool:
+        """Take in what is pending, averaged over ranks, in one transfer; nothing is logged.
+
+        Returns whether any rank wants to stop.
+        """
         if not self.pending:
-            return {}, False
+            return False
         flat = [value.float().reshape(()) for row in self.pending for value in row.values()]
         flag = torch.tensor(float(bool(self.run.stop_signal)), device=flat[0].device)
-        numbers = distributed.all_reduce_sum(torch.stack([*flat, flag])) / distributed.world_size()
-        *numbers, stop = numbers.tolist()
-        window: dict[str, list[float]] = {}
-        numbers = iter(numbers)
-        rows = [{name: next(numbers) for name in row} for row in self.pending]
+        mean = distributed.all_reduce_sum(torch.stack([*flat, flag])) / distributed.world_size()
+        *numbers, stop = mean.tolist()
+        values = iter(numbers)
+        rows = [{name: next(values) for name in row} for row in self.pending]
+        self.pending.clear()
         for offset, row in enumerate(rows):
             self._check(row, step - len(rows) + 1 + offset)
             for name, value in row.items():
                 if math.isfinite(value):
-                    total = self.totals.setdefault(name, [0.0, 0, 0.0])
-                    total[:] = total[0] + value, total[1] + 1, value
-                    window.setdefault(name, []).append(value)
-        self.pending.clear()
-        return {name: statistics.fmean(values) for name, values in window.items()}, stop > 0
+                    self._count(name, value)
+                    self.window.setdefault(name, []).append(value)
+        return stop > 0
+
+    def _count(self, name: str, value: float) -> None:
+        total = self.totals.setdefault(name, [0.0, 0, 0.0])
+        total[:] = total[0] + value, total[1] + 1, value
+
+    def _correct_updates(self) -> None:
+        """Take skipped updates out of the count that the schedule follows.
+
+        Only at printed steps and at an epoch's end, so that saving and resuming in between changes nothing.
+        """
+        progress = self.run.progress
+        progress.updates -= progress.uncorrected
+        progress.uncorrected = 0
 
     def _check(self, row: dict[str, float], step: int) -> None:
         """Count an update that was skipped, and stop after too many in a row."""
@@ -75,7 +91,7 @@ class EpochMeters:
         if math.isfinite(row["grad_norm"]):
             progress.skipped_in_row = 0
             return
-        progress.updates -= 1  # the schedule counts the updates that were made
+        progress.uncorrected += 1
         progress.skipped += 1
         progress.skipped_in_row += 1
         self.run.session.logger.warning(
@@ -89,12 +105,11 @@ class EpochMeters:
                 f"raise TRAIN.MAX_NONFINITE_STEPS={train.MAX_NONFINITE_STEPS}. Saved checkpoints are as they were"
             )
 
-    def _log(self, step: int, seconds: float, seconds_mean: float, window: dict[str, float]) -> None:
+    def _log(self, step: int, seconds: float, seconds_mean: float) -> None:
         run, progress = self.run, self.run.progress
         steps, group = len(run.loader_train), run.optimizer.param_groups[0]
         scale = run.scaler.get_scale()
-        total = self.totals.setdefault("loss_scale", [0.0, 0, 0.0])
-        total[:] = total[0] + scale, total[1] + 1, scale
+        self._count("loss_scale", scale)
         memory = distributed.peak_memory_mb(run.session.device)
         meters = [self._meter(name) for name in ("loss", "grad_norm", "loss_scale")]
         meters += [self._meter(name) for name in self.totals if name not in ("loss", "grad_norm", "loss_scale")]
@@ -105,7 +120,7 @@ class EpochMeters:
             f"time {seconds:.4f} ({seconds_mean:.4f})\t" + "\t".join(meters) + f"\tmem {memory:.0f}MB"
         )
         images = run.config.DATA.BATCH_SIZE * distributed.world_size()
-        scalars = {f"train/{name}": value for name, value in window.items()}
+        scalars = {f"train/{name}": statistics.fmean(values) for name, values in self.window.items()}
         scalars |= {
             "train/learning_rate": group["lr"],
             "train/loss_scale": scale,

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 # What a saved state must not decide: how the optimizer computes on the device that it runs on now.
+# Settings that tell optimizers apart: SGD, Adam and LAMB.
+KIND_KEYS = {"momentum", "nesterov", "betas", "bias_correction"}
 IMPLEMENTATION_KEYS = ("fused", "foreach", "capturable", "differentiable", "maximize")
 FUSED_DEVICES = ("cuda", "xpu", "mps")
 
@@ -126,7 +128,13 @@ def _trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, bool]]:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
-    """Load a saved state, but keep how this optimizer computes (fused or not) on the device that it runs on."""
+    """Load a saved state, but keep how this optimizer computes (fused or not) on the device that it runs on.
+
+    Raises ``ValueError`` where the state is of another kind of optimizer or of other groups.
+    """
+    kinds = [sorted(KIND_KEYS & set(groups[0])) for groups in (state["param_groups"], optimizer.param_groups)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"it has the settings {kinds[0]}, this one {kinds[1]}; choose the optimizer by --optim")
     groups = []
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
         groups.append({**saved, **{key: own[key] for key in IMPLEMENTATION_KEYS if key in own}})

@@ -88,7 +88,8 @@ def resume(
 def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger) -> None:
     """Start from the weights of ``MODEL.PRETRAINED``, resized to this model (official ``utils.load_pretrained``).
 
-    Raises ``ValueError`` where weights other than position tables and the head do not fit.
+    Raises ``ValueError`` where weights other than position tables and the head do not fit; under ``EVAL_MODE`` also
+    where the head does not.
     """
     path = config.MODEL.PRETRAINED
     logger.info(f"==============> Loading weight {path} for fine-tuning......")
@@ -96,6 +97,8 @@ def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger) -> No
         state, notes = pretrained_state(read_checkpoint(path)["model"], model.state_dict(), rows_22k_to_1k())
     except ValueError as err:
         raise ValueError(f"{path}: {err}") from err
+    if config.EVAL_MODE and not state.get("head.weight", torch.ones(1)).any():
+        raise ValueError(f"{path}: {notes[-1]}, so there is nothing to evaluate")
     model.load_state_dict(state)
     for note in notes:
         logger.info(note)
@@ -178,6 +181,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(OFFICIAL_PICKLES):
             saved = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise  # the machine's fault, not the file's: an older file must not take its place
     except Exception as err:  # damaged bytes make an unpickler fail in any way
         if isinstance(err, pickle.UnpicklingError) and (culprit := re.search(r"GLOBAL (\S+)|function (\S+)", str(err))):
             raise ValueError(
@@ -203,9 +208,10 @@ def download(url: str) -> Path:
     """
     address, _, fragment = url.partition("#")
     digest = fragment.removeprefix("sha256=") or None
-    if digest is None and (named := re.search(r"-([0-9a-f]{8,})\.pth$", address)):
+    if digest is None and (named := re.search(r"-(?!\d+\.)([0-9a-f]{8,})\.pth$", address)):  # not a date
         digest = named[1]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
+    folder = hashlib.sha256(address.encode()).hexdigest()[:12]  # other addresses may end in the same name
+    file = Path(torch.hub.get_dir()) / "checkpoints" / folder / address.rsplit("/", 1)[-1]
     if distributed.local_rank() == 0 and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -229,7 +235,7 @@ def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = N
     for path in sorted(candidates, key=_progress_of, reverse=True):
         try:
             read_checkpoint(path)
-        except ValueError as err:
+        except (ValueError, FileNotFoundError) as err:
             if logger is not None:
                 logger.warning(f"auto-resume passed over {err}")
             continue
@@ -310,10 +316,11 @@ class NativeScalerWithGradNormCount:
         return self._scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scaler.state_dict()
+        """The scaler's state; a fresh one's where losses are not scaled, since the official code loads no empty one."""
+        return self._scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict or not self._scaler.is_enabled():  # a run without scaling leaves an empty state
+        if state_dict:  # SimMIM's official files may hold an empty one
             self._scaler.load_state_dict(state_dict)
 
 

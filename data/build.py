@@ -1,6 +1,9 @@
 """Datasets, loaders and mixup from the configuration (official ``data/build.py``)."""
 
+import atexit
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +119,24 @@ def _loader_arguments(config: Any) -> dict[str, Any]:
         "num_workers": workers,
         "pin_memory": config.DATA.PIN_MEMORY and torch.accelerator.is_available(),
         "persistent_workers": workers > 0,
+        "worker_init_fn": _LeaveSignalsToMain() if workers else None,
         "generator": torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
     }
+
+
+class _LeaveSignalsToMain:
+    """Makes a worker outlive Ctrl-C and SIGTERM, which reach whole process groups: the main process saves first.
+
+    Once the main process exits, SIGTERM ends the worker, as multiprocessing expects.
+    """
+
+    def __init__(self):
+        self.exiting = multiprocessing.RawValue("b", 0)
+        atexit.register(setattr, self.exiting, "value", 1)  # runs before multiprocessing ends its children
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if self.exiting.value else None)
 
 
 def _cores_per_process() -> int:

@@ -124,6 +124,7 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
             text=True,
             cwd=tmp_path,
             timeout=300,
+            start_new_session=True,  # so that tests may send signals to the whole group
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         )
         if check:

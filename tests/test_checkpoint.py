@@ -169,6 +169,44 @@ def test_auto_resume_takes_the_furthest_that_loads(parts, caplog):
     assert utils.auto_resume_helper(folder, LOGGER) == str(folder / "ckpt_epoch_11_step_3.pth")
 
 
+def test_auto_resume_does_not_mistake_a_failing_disk_for_a_broken_file(parts, monkeypatch):
+    folder = save(parts, epoch=0).parent
+    save(parts, epoch=1)
+    (folder / "ckpt_epoch_2.pth").symlink_to(folder / "gone")
+    assert utils.auto_resume_helper(folder, LOGGER) == str(folder / "ckpt_epoch_1.pth")
+
+    def fail(*args, **kwargs):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="stale"):
+        utils.auto_resume_helper(folder, LOGGER)
+
+
+def test_files_without_loss_scaling_suit_a_scaler(parts):
+    scaler = torch.amp.GradScaler("cpu")
+    before = scaler.state_dict()
+    scaler.load_state_dict(torch.load(save(parts), weights_only=True)["scaler"])  # as the official code does
+    assert scaler.state_dict() == before
+
+
+def test_another_optimizer_is_named(parts):
+    config, model, *_ = parts
+    resumed = with_resume(config.clone(), save(parts))
+    for name in ("sgd", "fused_lamb"):
+        resumed.defrost()
+        resumed.TRAIN.OPTIMIZER.NAME = name
+        with pytest.raises(ValueError, match="its optimizer state is not that of"):
+            utils.load_checkpoint(resumed, model, build_optimizer(resumed, model), None, None, LOGGER)
+
+
+def test_evaluating_a_head_of_other_classes_is_an_error(parts, tmp_path):
+    torch.save(parts[1].state_dict(), tmp_path / "three.pth")
+    five = make_config(None, *SMALL, "MODEL.NUM_CLASSES", 5, eval=True, pretrained=str(tmp_path / "three.pth"))
+    with pytest.raises(ValueError, match="3 classes in the file, 5 in the model"):
+        utils.load_pretrained(five, build_model(five), LOGGER)
+
+
 def test_auto_resume_does_not_begin_anew_over_broken_files(tmp_path):
     assert utils.auto_resume_helper(tmp_path) is None
     (tmp_path / "ckpt_epoch_0.pth").write_bytes(b"broken")
@@ -262,7 +300,9 @@ def test_download_checks_the_digest(tmp_path, monkeypatch):
     assert utils.download(f"https://host/a.pth#sha256={digest}").read_bytes() == data
     assert utils.download(f"https://host/a.pth#sha256={digest}").read_bytes() == data
     assert fetched == ["https://host/a.pth"]  # once
+    assert utils.download("https://host/run2/a.pth") != utils.download("https://host/a.pth")
+    utils.download("https://host/model-20210401.pth")  # a date is no digest
     utils.download(f"https://host/b-{digest[:8]}.pth")
-    for url in ("https://host/a.pth#sha256=00", "https://host/c-00000000.pth"):
+    for url in ("https://host/a.pth#sha256=00", "https://host/c-0000000a.pth"):
         with pytest.raises(ValueError, match="its sha256 does not begin with"):
             utils.download(url)

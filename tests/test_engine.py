@@ -346,3 +346,59 @@ def test_deterministic_training_runs(image_folder, tmp_path):
             engine.fit(run, SupervisedLoss(mixup, 0.1))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class StopsAt(Fixed):
+    """As `Fixed`; asks ``run`` to stop at a step, as a signal would."""
+
+    def __init__(self, run, step: int, bad: set[int]):
+        super().__init__(bad)
+        self.run, self.at = run, step
+
+    def __call__(self, model, batch):
+        if self.step + 1 == self.at:
+            self.run.stop_signal = 15
+        return super().__call__(model, batch)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4])
+def test_resume_is_exact_around_skipped_steps(image_folder, tmp_path, stop_at):
+    """The schedule takes skipped updates out of its count at the same steps, stopped in between or not."""
+    common = ["PRINT_FREQ", 5, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.BASE_LR", 0.5]
+    bad = {1, 3}
+    with start(image_folder, tmp_path / "whole", *common) as session:
+        whole, _ = prepared(session)
+        engine.fit(whole, Fixed(bad))
+    with start(image_folder, tmp_path / "parts", *common) as session:
+        run, _ = prepared(session)
+        with pytest.raises(launch.Stopped):
+            engine.fit(run, StopsAt(run, stop_at, bad))
+        run, _ = prepared(session)
+        engine.restore(run, engine.find_checkpoint(session))
+        rest = Fixed({step - stop_at - 1 for step in bad})
+        engine.fit(run, rest)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(run), strict=True))
+    assert whole.progress == run.progress and run.progress.skipped == 2
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_resume_with_another_batch_size_rescales_the_schedule(image_folder, tmp_path, name):
+    common = ["TRAIN.LR_SCHEDULER.NAME", name, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
+    with start(image_folder, tmp_path, *common, "DATA.BATCH_SIZE", 8, "TRAIN.EPOCHS", 1) as session:
+        run, _ = prepared(session)
+        engine.fit(run, Fixed())
+    with start(image_folder, tmp_path, *common, "DATA.BATCH_SIZE", 2, "TRAIN.EPOCHS", 4) as session:
+        run, _ = prepared(session)
+        engine.restore(run, engine.find_checkpoint(session))
+        assert run.progress.epoch == 1 and run.progress.updates == 15  # 3 became 15 an epoch
+        rates, loss = [], Fixed()
+        engine.fit(run, lambda m, b: (rates.append(run.optimizer.param_groups[0]["lr"]), loss(m, b))[1])
+    base = session.config.TRAIN.BASE_LR
+    assert len(rates) == 45 and min(rates) >= 0 and base / 2 < rates[0] <= base and rates[-1] < base / 10
+
+
+def test_start_epoch_counts_in_a_fresh_run(image_folder, tmp_path):
+    with start(image_folder, tmp_path, "TRAIN.START_EPOCH", 1) as session:
+        run, mixup = prepared(session)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+    assert "Train: [1/2]" in log_of(session) and "Train: [0/2]" not in log_of(session)

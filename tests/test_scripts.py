@@ -41,7 +41,10 @@ def counted(self, model, batch):
     global seen
     seen += 1
     if seen == stop_at:
-        os.kill(os.getpid(), number)
+        if os.environ["GROUP"]:  # loader workers too, as Ctrl-C on a terminal
+            os.killpg(os.getpgrp(), number)
+        else:
+            os.kill(os.getpid(), number)
     return compute(self, model, batch)
 main.SupervisedLoss.__call__ = counted
 launch.run(main.main, "")
@@ -56,6 +59,8 @@ launch.run(main.main, "")
         (signal.SIGKILL, 11, 1, ["TRAIN.ACCUMULATION_STEPS", 2]),  # within a group
         (signal.SIGTERM, 4, 1, ["TRAIN.ACCUMULATION_STEPS", 3]),
         (signal.SIGINT, 12, 1, []),
+        (signal.SIGTERM, 10, 1, ["DATA.NUM_WORKERS", 2]),
+        (signal.SIGINT, 3, 1, ["DATA.NUM_WORKERS", 2]),
         (signal.SIGKILL, 7, 2, ["DATA.BATCH_SIZE", 2]),
         (signal.SIGTERM, 9, 2, ["DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 2, "PRINT_FREQ", 2]),
     ],
@@ -70,7 +75,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     run_script("main.py", *arguments, "--output", whole, torchrun=torchrun)
     script = tmp_path / "stops_itself.py"
     script.write_text(STOPS_ITSELF.format(root=str(ROOT)))
-    environment = {"SIGNAL": str(int(number)), "STOP_AT": str(stop_at)}
+    group = "yes" if "DATA.NUM_WORKERS" in opts else ""
+    environment = {"SIGNAL": str(int(number)), "STOP_AT": str(stop_at), "GROUP": group}
     stopped = run_script(script, *arguments, "--output", parts, torchrun=torchrun, check=False, env=environment)
     if torchrun:
         assert stopped.returncode != 0
@@ -79,7 +85,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert not (parts / "small/default/ckpt_epoch_1.pth").exists()
     if number != signal.SIGKILL:
         assert len(list((parts / "small/default").glob("ckpt_epoch_*_step_*.pth"))) == 1
-    run_script("main.py", *arguments, "DATA.NUM_WORKERS", 2, "--output", parts, torchrun=torchrun)
+    resumed = [*arguments, "DATA.NUM_WORKERS", 0 if group else 2, "--output", parts]
+    run_script("main.py", *resumed, torchrun=torchrun)
     assert_same(*(root / "small/default/ckpt_epoch_1.pth" for root in (whole, parts)))
 
 

@@ -3,6 +3,7 @@
 Each step is a command that a user could type; the demo shows it before it runs it.
 """
 
+import os
 import re
 import shlex
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DATA = Path("datasets/digits")
 CONFIG = Path("configs/demo/swin_digits.yaml")
+# The model is so small that threads of one operation would mostly wait for each other.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 EXPECTED = 97.0  # percent
 INTERRUPT_AT = "Train: [2/"  # as a person would press Ctrl-C, in the third epoch
 
@@ -45,7 +48,7 @@ def run(title: str, arguments: list, interrupt_at: str | None = None) -> str:
     command = [sys.executable, *map(str, arguments)]
     say(f"\n== {title}\n$ python {shlex.join(command[1:])}\n")
     output, interrupted = [], False
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as child:
         for line in child.stdout:
             output.append(line)
             say(line)
