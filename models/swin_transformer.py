@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import AttentionBase
 from .backbone import Backbone, Block, Stage, drop_path_layer
 from .layers import (
+    Linear,
     Mlp,
     Pair,
     PatchEmbed,
@@ -64,9 +65,9 @@ class WindowAttention(AttentionBase):
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1), num_heads))
         self.register_buffer("relative_position_index", relative_position_index(self.window_size))
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
