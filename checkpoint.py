@@ -122,9 +122,7 @@ def resize_bias_table(table: Tensor, like: Tensor) -> Tensor:
 
     Raises ``ValueError`` where the number of heads differs.
     """
-    if table.shape[1] != like.shape[1]:
-        raise ValueError(f"relative_position_bias_table has {table.shape[1]} heads, the model {like.shape[1]}")
-    old, new = _side(table.shape[0]), _side(like.shape[0])
+    old, new = _table_sides(table, like)
     grid = table.T.reshape(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return grid.reshape(-1, new * new).T
@@ -138,9 +136,7 @@ def resize_bias_table_geometric(table: Tensor, like: Tensor) -> Tensor:
 
     Raises ``ValueError`` where the number of heads differs.
     """
-    if table.shape[1] != like.shape[1]:
-        raise ValueError(f"relative_position_bias_table has {table.shape[1]} heads, the model {like.shape[1]}")
-    old, new = _side(table.shape[0]), _side(like.shape[0])
+    old, new = _table_sides(table, like)
     if old == new:
         return table
     steps = np.cumsum(_progression_ratio(old // 2, new // 2) ** np.arange(old // 2))
@@ -149,6 +145,13 @@ def resize_bias_table_geometric(table: Tensor, like: Tensor) -> Tensor:
     grids = table.T.reshape(-1, old, old).double().cpu().numpy()
     resized = np.stack([RectBivariateSpline(places, places, grid)(wanted, wanted) for grid in grids])  # nH, new, new
     return torch.from_numpy(resized.reshape(-1, new * new).T.copy()).to(table)
+
+
+def _table_sides(table: Tensor, like: Tensor) -> tuple[int, int]:
+    """2w - 1 of the old and of the new window of two bias tables with the same heads."""
+    if table.shape[1] != like.shape[1]:
+        raise ValueError(f"relative_position_bias_table has {table.shape[1]} heads, the model {like.shape[1]}")
+    return _side(table.shape[0]), _side(like.shape[0])
 
 
 def _progression_ratio(terms: int, total: int) -> float:

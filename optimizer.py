@@ -8,9 +8,9 @@ from timm.optim import Lamb
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-# What a saved state must not decide: how the optimizer computes on the device that it runs on now.
 # Settings that tell optimizers apart: SGD, Adam and LAMB.
 KIND_KEYS = {"momentum", "nesterov", "betas", "bias_correction"}
+# What a saved state must not decide: how the optimizer computes on the device that it runs on now.
 IMPLEMENTATION_KEYS = ("fused", "foreach", "capturable", "differentiable", "maximize")
 FUSED_DEVICES = ("cuda", "xpu", "mps")
 

@@ -402,3 +402,16 @@ def test_start_epoch_counts_in_a_fresh_run(image_folder, tmp_path):
         run, mixup = prepared(session)
         engine.fit(run, SupervisedLoss(mixup, 0.1))
     assert "Train: [1/2]" in log_of(session) and "Train: [0/2]" not in log_of(session)
+
+
+def test_an_elastic_restart_goes_on_where_training_was(image_folder, tmp_path, monkeypatch):
+    with start(image_folder, tmp_path) as session:
+        run, mixup = prepared(session)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+    first = session.config.OUTPUT + "/ckpt_epoch_0.pth"
+    with start(image_folder, tmp_path, "MODEL.RESUME", first) as session:
+        assert engine.find_checkpoint(session) == first
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert engine.find_checkpoint(session).endswith("ckpt_epoch_1.pth")
+    with start(image_folder, tmp_path / "fresh", "MODEL.RESUME", first) as session:
+        assert engine.find_checkpoint(session) == first  # nothing newer yet
