@@ -1,6 +1,6 @@
 """Checkpoints as pure functions: state dict in, state dict out. Reading and writing are in `utils`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 State = Mapping[str, Tensor]
+Size = tuple[int, int]  # (height, width)
 
 # Buffers that a model computes for itself from its sizes. A checkpoint's copy is never needed.
 REBUILT_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
@@ -38,6 +39,22 @@ class Mismatch:
         ]
         return "; ".join(parts) or "no differences"
 
+    def lines(self) -> list[str]:
+        """Every difference, one to a line."""
+        return [
+            *(f"missing: {name}" for name in self.missing),
+            *(f"unexpected: {name}" for name in self.unexpected),
+            *(f"of another shape: {shape}" for shape in self.shapes),
+        ]
+
+
+class WeightsError(ValueError):
+    """Weights that are not a model's; ``mismatch`` says how they differ."""
+
+    def __init__(self, mismatch: Mismatch):
+        super().__init__(f"its weights are not this model's: {mismatch}")
+        self.mismatch = mismatch
+
 
 def is_rebuilt(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in REBUILT_BUFFERS
@@ -60,43 +77,83 @@ def compare(state: State, expected: State) -> Mismatch:
 def strict_state(state: State, expected: State) -> dict[str, Tensor]:
     """``state`` for a model of exactly these weights, with rebuilt buffers from ``expected``.
 
-    Raises ``ValueError`` with a report where any other name or shape differs.
+    Raises `WeightsError` where any other name or shape differs.
     """
     mismatch = compare(state, expected)
     if mismatch:
-        raise ValueError(f"its weights are not this model's: {mismatch}")
+        raise WeightsError(mismatch)
     return {name: value if is_rebuilt(name) else state[name] for name, value in expected.items()}
 
 
 def pretrained_state(
-    state: State, expected: State, rows_22k_to_1k: Sequence[int] | None = None
+    state: State,
+    expected: State,
+    rows_22k_to_1k: Sequence[int] | None = None,
+    resolution: Size | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """``state`` made to fit a model of another resolution, window or class count (official ``load_pretrained``).
+    """``state`` made to fit a model of other sizes (official ``load_pretrained``, and more).
 
-    Position tables are resized bicubically; a 21,841-class head becomes a 1,000-class one by the given rows; another
-    head that does not fit is set to zero.
+    Position tables are resized bicubically; the first convolution is adapted to another number of channels; a
+    21,841-class head becomes a 1,000-class one by the given rows; another head that does not fit is set to zero.
+
+    Args:
+        resolution: (H, W) of the model's first map, where it is not square.
 
     Returns:
         The state dict, complete for ``expected``, and a note for each thing that was changed.
 
     Raises:
-        ValueError: where anything else does not fit.
+        WeightsError: where anything else does not fit.
     """
-    state = {name: value for name, value in state.items() if not is_rebuilt(name)}
-    notes = []
+    windows = {name: window_of(value) for name, value in state.items() if name.endswith("relative_position_index")}
+    state, notes = released_names({name: value for name, value in state.items() if not is_rebuilt(name)})
     for name, value in list(state.items()):
         target = expected.get(name)
         if target is None or target.shape == value.shape:
             continue
-        if name.endswith("relative_position_bias_table"):
-            state[name] = resize_bias_table(value, target)
-        elif name.endswith("absolute_pos_embed"):
-            state[name] = resize_position_embedding(value, target)
+        if name.endswith("relative_position_bias_table") and target.shape[1] == value.shape[1]:
+            index = name.replace("bias_table", "index")
+            old = windows.get(index) or _square(value.shape[0], lambda side: 2 * side - 1)
+            state[name] = resize_bias_table(value, old, window_of(expected[index]))
+        elif name.endswith("absolute_pos_embed") and target.shape[2] == value.shape[2]:
+            new = resolution or _square(target.shape[1])
+            state[name] = resize_position_embedding(value, _square(value.shape[1]), new)
+        elif name == "patch_embed.proj.weight" and target.shape[0::2] == value.shape[0::2]:
+            state[name] = adapt_channels(value, target.shape[1])
         else:
             continue
-        notes.append(f"{name}: resized from {_shape(value)} to {_shape(target)}")
+        notes.append(f"{name}: from {_shape(value)} to {_shape(target)}")
     notes += _fit_head(state, expected, rows_22k_to_1k)
     return strict_state(state, expected), notes
+
+
+def released_names(state: State) -> tuple[dict[str, Tensor], list[str]]:
+    """The names of released files as the models have them, and a note for each thing that was left out.
+
+    SimMIM's pre-training files hold the backbone under ``encoder.``, beside a decoder and a mask token; early SwinV2
+    files say ``rpe_mlp`` for ``cpb_mlp``.
+    """
+    notes, kept = [], dict(state)
+    if any(name.startswith("encoder.") for name in state):
+        kept = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+        left_out = [name for name in state if not name.startswith("encoder.")]
+        if "mask_token" in kept:
+            del kept["mask_token"]
+            left_out.append("encoder.mask_token")
+        notes.append(f"the encoder of a pre-training file; left out: {', '.join(left_out) or 'nothing'}")
+    return {name.replace("rpe_mlp", "cpb_mlp"): value for name, value in kept.items()}, notes
+
+
+def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """The first convolution (embed_dim, C, h, w) for images of another number of channels.
+
+    To one channel: summed, as for a grey image given to every channel. To others: repeated in turn, and scaled by C /
+    in_chans so that the output keeps its size.
+    """
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    channels = weight.shape[1]
+    return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
 def _fit_head(state: dict[str, Tensor], expected: State, rows_22k_to_1k: Sequence[int] | None) -> list[str]:
@@ -117,41 +174,42 @@ def _fit_head(state: dict[str, Tensor], expected: State, rows_22k_to_1k: Sequenc
     return [f"head: {found or 'no'} classes in the file, {wanted} in the model; set to zero"]
 
 
-def resize_bias_table(table: Tensor, like: Tensor) -> Tensor:
-    """Resize a relative position bias table ((2w - 1)^2, nH) bicubically, as the official main scripts do.
+def resize_bias_table(table: Tensor, old: Size, new: Size) -> Tensor:
+    """Resize a relative position bias table ((2h - 1) * (2w - 1), nH) bicubically, as the official main scripts do.
 
-    Raises ``ValueError`` where the number of heads differs.
+    Args:
+        old, new: (height, width) of the windows.
     """
-    old, new = _table_sides(table, like)
-    grid = table.T.reshape(1, -1, old, old)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return grid.reshape(-1, new * new).T
+    if old == new:
+        return table
+    (H, W), target = ((2 * h - 1, 2 * w - 1) for h, w in (old, new))
+    grid = table.T.reshape(1, -1, H, W)
+    grid = F.interpolate(grid, size=target, mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T.contiguous()
 
 
-def resize_bias_table_geometric(table: Tensor, like: Tensor) -> Tensor:
-    """Resize a relative position bias table ((2w - 1)^2, nH) as official SimMIM fine-tuning does.
+def resize_bias_table_geometric(table: Tensor, old: Size, new: Size) -> Tensor:
+    """Resize a relative position bias table ((2h - 1) * (2w - 1), nH) as official SimMIM fine-tuning does.
 
     The old offsets are spread over the new range in a geometric progression, dense near 0 where neighbours are, and a
     cubic spline through them is read at the new offsets.
 
-    Raises ``ValueError`` where the number of heads differs.
+    Args:
+        old, new: (height, width) of the windows.
     """
-    old, new = _table_sides(table, like)
     if old == new:
         return table
-    steps = np.cumsum(_progression_ratio(old // 2, new // 2) ** np.arange(old // 2))
-    places = np.concatenate([-steps[::-1], [0.0], steps])
-    wanted = np.arange(new) - new // 2
-    grids = table.T.reshape(-1, old, old).double().cpu().numpy()
-    resized = np.stack([RectBivariateSpline(places, places, grid)(wanted, wanted) for grid in grids])  # nH, new, new
-    return torch.from_numpy(resized.reshape(-1, new * new).T.copy()).to(table)
+    places = [_progression(before, after) for before, after in zip(old, new, strict=True)]
+    wanted = [np.arange(-(side - 1), side) for side in new]
+    grids = table.T.reshape(-1, 2 * old[0] - 1, 2 * old[1] - 1).double().cpu().numpy()
+    resized = np.stack([RectBivariateSpline(*places, grid)(*wanted) for grid in grids])  # nH, 2h - 1, 2w - 1
+    return torch.from_numpy(resized.reshape(len(grids), -1).T.copy()).to(table)
 
 
-def _table_sides(table: Tensor, like: Tensor) -> tuple[int, int]:
-    """2w - 1 of the old and of the new window of two bias tables with the same heads."""
-    if table.shape[1] != like.shape[1]:
-        raise ValueError(f"relative_position_bias_table has {table.shape[1]} heads, the model {like.shape[1]}")
-    return _side(table.shape[0]), _side(like.shape[0])
+def _progression(old: int, new: int) -> np.ndarray:
+    """Where the offsets of a window of side ``old`` lie in one of side ``new``: 2 old - 1 places, symmetric."""
+    steps = np.cumsum(_progression_ratio(old - 1, new - 1) ** np.arange(old - 1))
+    return np.concatenate([-steps[::-1], [0.0], steps])
 
 
 def _progression_ratio(terms: int, total: int) -> float:
@@ -166,24 +224,31 @@ def _progression_ratio(terms: int, total: int) -> float:
     return ratio
 
 
-def resize_position_embedding(embedding: Tensor, like: Tensor) -> Tensor:
-    """Resize an absolute position embedding (1, L, C) bicubically, as the official main scripts do.
+def resize_position_embedding(embedding: Tensor, old: Size, new: Size) -> Tensor:
+    """Resize an absolute position embedding (1, H * W, C) bicubically, as the official main scripts do.
 
-    Raises ``ValueError`` where the number of channels differs.
+    Args:
+        old, new: (H, W) of the maps.
     """
-    if embedding.shape[2] != like.shape[2]:
-        raise ValueError(f"absolute_pos_embed has {embedding.shape[2]} channels, the model {like.shape[2]}")
-    old, new = _side(embedding.shape[1]), _side(like.shape[1])
-    grid = embedding.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = embedding.unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _side(count: int) -> int:
-    side = int(count**0.5 + 0.5)
-    if side * side != count:
+def window_of(index: Tensor) -> Size:
+    """(height, width) of the window whose ``relative_position_index`` (N, N) this is."""
+    from_first = (index[:, 0] - index[0, 0]).tolist()  # 0, 1, ..., w - 1, then 2w - 1 where the next row begins
+    count = len(from_first)
+    width = next((i for i, step in enumerate(from_first) if i > 1 and step == 2 * i - 1), count)
+    return count // width, width  # a single column has the numbers, and the table, of a single row
+
+
+def _square(count: int, rows: Callable[[int], int] = lambda side: side) -> Size:
+    """The side whose table has ``count`` = ``rows(side)`` ** 2 positions, twice."""
+    side = next((side for side in range(1, count + 1) if rows(side) ** 2 >= count), 0)
+    if rows(side) ** 2 != count:
         raise ValueError(f"a table of {count} positions is not square, so it cannot be resized")
-    return side
+    return side, side
 
 
 def _shape(tensor: Tensor) -> str:

@@ -41,6 +41,7 @@ _C.MODEL.DROP_RATE = 0.0
 _C.MODEL.DROP_PATH_RATE = 0.1
 _C.MODEL.LABEL_SMOOTHING = 0.1
 _C.MODEL.ATTENTION_BACKEND = "auto"  # see models/attention.py
+_C.MODEL.PAD_MAPS = False  # take any image size: maps are padded to whole windows, and padding is masked
 
 
 def _swin_defaults(**extra: Any) -> CfgNode:
@@ -181,6 +182,10 @@ CHOICES = {
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
 }
 
+# Keys that take one number for both sides, or [height, width].
+KINDS = ("SWIN", "SWINV2", "SWIN_MLP", "SWIN_MOE")
+PAIRS = {"DATA.IMG_SIZE", *(f"MODEL.{kind}.{key}" for kind in KINDS for key in ("PATCH_SIZE", "WINDOW_SIZE"))}
+
 # Smallest and largest allowed values; everything else is checked by the part that uses it.
 RANGES = {
     "DATA.BATCH_SIZE": (1, None),
@@ -190,10 +195,11 @@ RANGES = {
     "MODEL.DROP_RATE": (0, 1),
     "MODEL.DROP_PATH_RATE": (0, 1),
     "MODEL.LABEL_SMOOTHING": (0, 1),
-    "MODEL.SWIN.PATCH_SIZE": (1, None),
-    "MODEL.SWIN.WINDOW_SIZE": (1, None),
-    "MODEL.SWIN.IN_CHANS": (1, None),
-    "MODEL.SWIN.EMBED_DIM": (1, None),
+    **{
+        f"MODEL.{kind}.{key}": (1, None)
+        for kind in KINDS
+        for key in ("PATCH_SIZE", "WINDOW_SIZE", "IN_CHANS", "EMBED_DIM")
+    },
     "TRAIN.EPOCHS": (1, None),
     "TRAIN.WARMUP_EPOCHS": (0, None),
     "TRAIN.ACCUMULATION_STEPS": (1, None),
@@ -279,7 +285,7 @@ def set_key(config: CfgNode, key: str, value: Any, source: str) -> None:
     node = config
     for parent in parents:
         node = node[parent]
-    node[leaf] = _coerce(value, known[key], f"{source}: {key}")
+    node[leaf] = _coerce(value, known[key], f"{source}: {key}", key in PAIRS)
     if key == "MODEL.NUM_CLASSES":
         config.MODEL.NUM_CLASSES_FROM_DATA = False
 
@@ -291,14 +297,16 @@ def _leaves(node: dict, prefix: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
-def _coerce(value: Any, default: Any, where: str) -> Any:
+def _coerce(value: Any, default: Any, where: str, may_be_pair: bool = False) -> Any:
     """``value`` as the type of ``default``: strings are read as literals, whole numbers serve as floats.
 
-    A None empties a string, and turns clipping off, as officially.
+    A None empties a string, and turns clipping off, as officially. Two whole numbers may stand for one of ``PAIRS``.
     """
     if isinstance(value, str) and not isinstance(default, str):
         with suppress(ValueError, SyntaxError):  # a plain string stays one; the check below decides
             value = ast.literal_eval(value)
+    if may_be_pair and isinstance(value, (list, tuple)) and [type(side) for side in value] == [int, int]:
+        return list(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if value is None and (isinstance(default, str) or where.endswith(".CLIP_GRAD")):
@@ -320,9 +328,10 @@ def _check(config: CfgNode) -> None:
     for key, (least, most) in RANGES.items():
         if values[key] is None:
             continue
-        if values[key] < least:
+        numbers = values[key] if isinstance(values[key], list) else [values[key]]
+        if min(numbers) < least:
             raise ValueError(f"{key}={values[key]}; the smallest allowed value is {least}")
-        if most is not None and values[key] > most:
+        if most is not None and max(numbers) > most:
             raise ValueError(f"{key}={values[key]}; the largest allowed value is {most}")
     mixed = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
     training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)

@@ -6,7 +6,8 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import distributed
-from checkpoint import pretrained_state, strict_state
+from checkpoint import State, WeightsError, pretrained_state, released_names, strict_state
 from config import to_dict
 from optimizer import load_optimizer_state
 
@@ -58,16 +59,19 @@ def resume(
 ) -> dict[str, Any]:
     """As `load_checkpoint`; returns what else the file holds (position, generators, class names, best accuracy).
 
+    Under ``EVAL_MODE`` weights of another window, image size or number of channels are fitted as by `load_pretrained`.
+
     Raises ``ValueError`` where the file is not a checkpoint of this model.
     """
     path = config.MODEL.RESUME
     logger.info(f"==============> Resuming form {path}....................")  # sic: people parse it
     saved = read_checkpoint(path)
     weights = saved.pop("model")
-    try:
-        model.load_state_dict(strict_state(weights, model.state_dict()))
-    except ValueError as err:
-        raise ValueError(f"{path}: {err}") from err
+    if config.EVAL_MODE:
+        _load_weights(config, model, weights, path, logger)
+    else:
+        with _named(path, logger):
+            model.load_state_dict(strict_state(released_names(weights)[0], model.state_dict()))
     if config.EVAL_MODE or optimizer is None or "optimizer" not in saved or "epoch" not in saved:
         return saved
     try:
@@ -88,21 +92,39 @@ def resume(
 def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger) -> None:
     """Start from the weights of ``MODEL.PRETRAINED``, resized to this model (official ``utils.load_pretrained``).
 
-    Raises ``ValueError`` where weights other than position tables and the head do not fit; under ``EVAL_MODE`` also
-    where the head does not.
+    Raises ``ValueError`` where weights other than position tables, the first convolution's channels and the head do not
+    fit; under ``EVAL_MODE`` also where the head does not.
     """
     path = config.MODEL.PRETRAINED
     logger.info(f"==============> Loading weight {path} for fine-tuning......")
-    try:
-        state, notes = pretrained_state(read_checkpoint(path)["model"], model.state_dict(), rows_22k_to_1k())
-    except ValueError as err:
-        raise ValueError(f"{path}: {err}") from err
-    if config.EVAL_MODE and not state.get("head.weight", torch.ones(1)).any():
-        raise ValueError(f"{path}: {notes[-1]}, so there is nothing to evaluate")
-    model.load_state_dict(state)
+    _load_weights(config, model, read_checkpoint(path)["model"], path, logger)
+    logger.info(f"=> loaded successfully '{path}'")
+
+
+def _load_weights(config: Any, model: nn.Module, weights: State, path: str, logger: logging.Logger) -> None:
+    """Give ``model`` these weights, fitted to its sizes; log what was changed."""
+    resolution = getattr(model, "patches_resolution", None)
+    with _named(path, logger):
+        state, notes = pretrained_state(
+            weights, model.state_dict(), rows_22k_to_1k(), None if resolution is None else tuple(resolution)
+        )
+        if config.EVAL_MODE and not state.get("head.weight", torch.ones(1)).any():
+            raise ValueError(f"{notes[-1]}, so there is nothing to evaluate")
+        model.load_state_dict(state)
     for note in notes:
         logger.info(note)
-    logger.info(f"=> loaded successfully '{path}'")
+
+
+@contextmanager
+def _named(path: str, logger: logging.Logger) -> Iterator[None]:
+    """Name the file in errors about its weights, and log every key that does not fit."""
+    try:
+        yield
+    except ValueError as err:
+        if isinstance(err, WeightsError):
+            for line in err.mismatch.lines():
+                logger.warning(line)
+        raise ValueError(f"{path}: {err}") from err
 
 
 def rows_22k_to_1k() -> list[int]:

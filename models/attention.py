@@ -13,7 +13,15 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .layers import Pair
+from .layers import Linear, Pair, check_window, padded_resolution, relative_position_index
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T + bias + mask), (B, nW, nH, N, N), in the official order of operations."""
+    logits = (q * scale) @ k.transpose(-2, -1) + bias
+    if mask is not None:
+        logits = logits + mask.unsqueeze(1)
+    return logits.softmax(-1)
 
 
 def attend_reference(
@@ -29,10 +37,7 @@ def attend_reference(
     Returns:
         (B, nW, nH, N, d).
     """
-    logits = (q * scale) @ k.transpose(-2, -1) + bias
-    if mask is not None:
-        logits = logits + mask.unsqueeze(1)
-    return F.dropout(logits.softmax(-1), dropout_p) @ v
+    return F.dropout(attention_weights(q, k, bias, mask, scale), dropout_p) @ v
 
 
 def attend_sdpa(
@@ -85,6 +90,7 @@ def window_attention(
     window_size: Pair,
     shift_size: Pair = 0,
     scale: float,
+    logit_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -93,21 +99,50 @@ def window_attention(
     Args:
         qkv: (B, H, W, 3C), for each token its q, k and v, each split into heads.
         bias: (nH, N, N), added to the logits of every window.
-        mask: (nW, N, N), the `shift_mask` of a shifted map; None without a shift.
+        mask: (nW, N, N), the `window_mask` of a map that is shifted or padded; else None.
         shift_size: how far windows begin below and right of the map's corner; they wrap around.
+        logit_scale: (nH, 1, 1), for cosine attention (SwinV2, equation 2): q and k are normalised, then q is
+            multiplied by it.
 
     Returns:
         (B, H, W, C), in image order.
     """
-    H, W = qkv.shape[1:3]
+    resolution, window = tuple(qkv.shape[1:3]), to_2tuple(window_size)
+    q, k, v = windowed_qkv(qkv, num_heads, window, shift_size, logit_scale)
+    backend = resolve_backend(backend, qkv.device, qkv.dtype, torch.is_grad_enabled(), q.shape[0] * q.shape[1])
+    x = ATTEND[backend](q, k, v, bias, mask, scale, dropout_p)
+    H, W = padded_resolution(resolution, window)
+    x = _join_heads(x, H, W, *window)
+    down, right = to_2tuple(shift_size)
+    if down or right:
+        x = torch.roll(x, (down, right), (1, 2))
+    return x if resolution == (H, W) else x[:, : resolution[0], : resolution[1]]
+
+
+def windowed_qkv(
+    qkv: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: Pair, logit_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The q, k and v of each window, (B, nW, nH, N, d): pad and roll a map (B, H, W, 3C), cut it, prepare q and k."""
+    H, W = padded_resolution(qkv.shape[1:3], window_size)
+    if tuple(qkv.shape[1:3]) != (H, W):
+        qkv = pad_map(qkv, (H, W))
     down, right = to_2tuple(shift_size)
     if down or right:
         qkv = torch.roll(qkv, (-down, -right), (1, 2))
-    q, k, v = _cut_heads(qkv, num_heads, *to_2tuple(window_size))
-    backend = resolve_backend(backend, qkv.device, qkv.dtype, torch.is_grad_enabled(), q.shape[0] * q.shape[1])
-    x = ATTEND[backend](q, k, v, bias, mask, scale, dropout_p)
-    x = _join_heads(x, H, W, *to_2tuple(window_size))
-    return torch.roll(x, (down, right), (1, 2)) if down or right else x
+    q, k, v = _cut_heads(qkv, num_heads, *window_size)
+    return (*prepare(q, k, logit_scale), v)
+
+
+def prepare(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k as they are multiplied: themselves, or of unit length for cosine attention, q times its scale."""
+    if logit_scale is None:
+        return q, k
+    return (F.normalize(q, dim=-1) * logit_scale).to(q.dtype), F.normalize(k, dim=-1).to(k.dtype)
+
+
+def pad_map(x: Tensor, resolution: tuple[int, int]) -> Tensor:
+    """Zeros at the bottom and right of a map (B, H, W, C), up to ``resolution``. A mask must hide them."""
+    return F.pad(x, (0, 0, 0, resolution[1] - x.shape[2], 0, resolution[0] - x.shape[1]))
 
 
 def _cut_heads(qkv: Tensor, num_heads: int, h: int, w: int) -> tuple[Tensor, ...]:
@@ -126,29 +161,71 @@ def _join_heads(x: Tensor, H: int, W: int, h: int, w: int) -> Tensor:
 
 
 class AttentionBase(nn.Module):
-    """What window attention modules share. A subclass has ``dim, window_size, num_heads, scale, attn_drop, proj,
-    proj_drop`` and says how q, k, v and the bias are made."""
+    """What window attention modules share. A subclass creates its bias, then calls `add_projections`.
+
+    Args:
+        window_size: (height, width), or one number for both.
+    """
 
     backend = "auto"
+    scale = 1.0
+
+    def __init__(self, dim: int, window_size: Pair, num_heads: int):
+        super().__init__()
+        self.dim = dim
+        self.window_size = to_2tuple(window_size)
+        self.num_heads = num_heads
+        self.register_buffer("relative_position_index", relative_position_index(self.window_size))
+
+    def add_projections(self, qkv_bias: bool, attn_drop: float, proj_drop: float) -> None:
+        """The layers around the attention. After the bias: the order of creation decides the initial weights."""
+        self.qkv = Linear(self.dim, self.dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = Linear(self.dim, self.dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def bias_table(self) -> Tensor:
+        """The bias of each relative position, ((2h - 1) * (2w - 1), nH)."""
+        raise NotImplementedError
+
+    def fit_bias(self, window_size: tuple[int, int]) -> None:
+        """Make the bias, learnt on ``self.window_size``, one of ``window_size``."""
+        raise NotImplementedError
 
     def packed_qkv(self, x: Tensor) -> Tensor:
         """(..., C) to (..., 3C)."""
-        raise NotImplementedError
+        return self.qkv(x)
 
-    def position_bias(self) -> Tensor:
-        """(nH, N, N)."""
-        raise NotImplementedError
+    def cosine_scale(self) -> Tensor | None:
+        """(nH, 1, 1) where attention is by cosine; None where it is by scaled products."""
+        return None
 
     @property
     def dropout_p(self) -> float:
         return self.attn_drop.p if self.training else 0.0
+
+    def position_bias(self) -> Tensor:
+        """(nH, N, N)."""
+        # An embedding's backward is deterministic; that of plain indexing adds in any order, on CPU too.
+        bias = F.embedding(self.relative_position_index, self.bias_table())  # N, N, nH
+        return bias.permute(2, 0, 1).contiguous()
+
+    def set_window_size(self, window_size: Pair) -> None:
+        """Attend within windows of another size from now on; what was learnt of relative positions is resized."""
+        window_size = to_2tuple(window_size)
+        if window_size == self.window_size:
+            return
+        self.fit_bias(window_size)
+        self.window_size = window_size
+        self.relative_position_index = relative_position_index(window_size).to(self.relative_position_index.device)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, shift_size: Pair = 0) -> Tensor:
         """Attend within windows.
 
         Args:
             x: windows that are cut already (B * nW, N, C), as officially, or maps in image order (B, H, W, C).
-            mask: (nW, N, N), what to add to the logits of each kind of window, or None.
+            mask: (nW, N, N), what to add to the logits of each kind of window, or None. Maps that are no whole number
+                of windows need their `layers.window_mask`.
             shift_size: of the windows of maps.
 
         Returns:
@@ -156,6 +233,8 @@ class AttentionBase(nn.Module):
         """
         if x.ndim == 3:
             return self._forward_windows(x, mask)
+        if mask is None:
+            check_window(tuple(x.shape[1:3]), self.window_size)
         x = window_attention(
             self.packed_qkv(x),
             self.position_bias(),
@@ -164,6 +243,7 @@ class AttentionBase(nn.Module):
             window_size=self.window_size,
             shift_size=shift_size,
             scale=self.scale,
+            logit_scale=self.cosine_scale(),
             dropout_p=self.dropout_p,
             backend=self.backend,
         )
@@ -174,9 +254,25 @@ class AttentionBase(nn.Module):
         kinds = 1 if mask is None else mask.shape[0]
         qkv = self.packed_qkv(x).view(windows // kinds, kinds, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)  # each B, nW, nH, N, d
+        q, k = prepare(q, k, self.cosine_scale())
         backend = resolve_backend(self.backend, q.device, q.dtype, torch.is_grad_enabled(), windows)
         x = ATTEND[backend](q, k, v, self.position_bias(), mask, self.scale, self.dropout_p)
         return self.proj_drop(self.proj(x.transpose(2, 3).reshape(windows, N, C)))
+
+    @torch.no_grad()
+    def weights(self, x: Tensor, mask: Tensor | None = None, shift_size: Pair = 0) -> Tensor:
+        """How much each token of a window attends to each: maps (B, H, W, C) to (B, nW, nH, N, N)."""
+        q, k, _ = windowed_qkv(self.packed_qkv(x), self.num_heads, self.window_size, shift_size, self.cosine_scale())
+        return attention_weights(q, k, self.position_bias(), mask, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, window_size={self.window_size}, num_heads={self.num_heads}"
+
+    def flops(self, N: int) -> int:
+        """Multiply-adds of one window of N tokens, counted as officially."""
+        projections = 4 * N * self.dim * self.dim
+        products = 2 * self.num_heads * N * N * (self.dim // self.num_heads)
+        return projections + products
 
 
 def set_attention_backend(model: nn.Module, name: str) -> None:

@@ -1,17 +1,36 @@
 """What all variants share: the block's skeleton, a stage of blocks, the backbone of stages.
 
 Variants override a step and pass their difference as arguments; wrapper modules would rename checkpoint keys.
-B images, L = H * W tokens in image order, C channels.
+B images, L = H * W tokens in image order, C channels. A ``resolution`` is (H, W) in tokens; where it may be None it
+is the one that the module was built for, or given by ``set_input_size``.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Pair, PatchEmbed, check_input_size
+from checkpoint import resize_position_embedding
+
+from .attention import AttentionBase
+from .layers import (
+    Pair,
+    PatchEmbed,
+    as_pair,
+    check_input_size,
+    check_tokens,
+    check_window,
+    fit_window,
+    half_window,
+    merged_resolution,
+    padded_resolution,
+    window_mask,
+)
+
+Resolution = tuple[int, int]
 
 
 def drop_path_layer(rate: float) -> nn.Module:
@@ -20,48 +39,210 @@ def drop_path_layer(rate: float) -> nn.Module:
 
 class Block(nn.Module):
     """Mix tokens, then channels, each with a residual (paper, equation 3). A subclass has ``norm1, drop_path, norm2,
-    mlp`` and says how tokens are mixed."""
+    mlp`` and says how tokens are mixed.
 
-    def mix_tokens(self, x: Tensor) -> Tensor:
-        """(B, L, C) to (B, L, C), across tokens."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mix_tokens(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class Stage(nn.Module):
-    """Blocks on maps of one resolution, then, but for the last stage, a layer that merges patches."""
+    Args:
+        input_resolution: (H, W) of the map.
+        window_size: side of the windows, or (height, width); fitted to the map by `fit_window`.
+        pad_maps: take maps of any size, padded to whole windows. Else they must be a whole number of windows.
+    """
 
     def __init__(
         self,
         dim: int,
-        input_resolution: tuple[int, int],
+        input_resolution: Resolution,
+        num_heads: int,
+        window_size: Pair,
+        shift_size: Pair,
+        mlp_ratio: float,
+        pad_maps: bool,
+    ):
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.pad_maps = pad_maps
+        self._wanted = as_pair(window_size), as_pair(shift_size)
+        self._fit(input_resolution)
+
+    def _fit(self, resolution: Resolution) -> None:
+        self.input_resolution = tuple(resolution)
+        self.window_size, self.shift_size = fit_window(self.input_resolution, *self._wanted)
+        if not self.pad_maps:
+            check_window(self.input_resolution, self.window_size)
+
+    def set_input_size(self, resolution: Resolution, window_size: Pair | None = None) -> None:
+        """Take maps of another resolution, in windows of another size."""
+        if window_size is not None:
+            shifted = self._wanted[1] != 0
+            self._wanted = window_size, half_window(window_size) if shifted else 0
+        self._fit(resolution)
+
+    def shift_for(self, resolution: Resolution) -> Pair:
+        """The shift on a map of ``resolution`` in windows of this block."""
+        if resolution == self.input_resolution:
+            return self.shift_size
+        windows, shifts = (to_2tuple(value) for value in (self.window_size, self._wanted[1]))
+        shifts = [s if s < w else w // 2 for w, s in zip(windows, shifts, strict=True)]  # the window may have shrunk
+        if isinstance(self.window_size, int):
+            return 0 if min(resolution) <= self.window_size else shifts[0]
+        return tuple(0 if side <= w else s for side, w, s in zip(resolution, windows, shifts, strict=True))
+
+    def mix_tokens(self, x: Tensor, resolution: Resolution) -> Tensor:
+        """(B, L, C) to (B, L, C), across tokens."""
+        raise NotImplementedError
+
+    def mixing_flops(self) -> float:
+        """Multiply-adds of `mix_tokens` on one map."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, resolution: Resolution | None = None) -> Tensor:
+        x = x + self.drop_path(self.mix_tokens(self.norm1(x), self.resolve(x, resolution)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def resolve(self, x: Tensor, resolution: Resolution | None) -> Resolution:
+        resolution = resolution or self.input_resolution
+        check_tokens(x.shape[1], resolution)
+        return resolution
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, input_resolution={self.input_resolution}, num_heads={self.num_heads}, "
+            f"window_size={self.window_size}, shift_size={self.shift_size}, mlp_ratio={self.mlp_ratio}"
+        )
+
+    def flops(self) -> float:
+        """Multiply-adds of one map, counted as officially."""
+        H, W = self.input_resolution
+        norms = 2 * self.dim * H * W
+        mlp = 2 * H * W * self.dim * self.dim * self.mlp_ratio
+        return norms + self.mixing_flops() + mlp
+
+    def num_windows(self) -> float:
+        (H, W), (h, w) = padded_resolution(self.input_resolution, self.window_size), to_2tuple(self.window_size)
+        return H * W / (h * w)
+
+
+class AttentionBlock(Block):
+    """A block that mixes tokens by attention in windows.
+
+    Args:
+        make_attention, make_mlp: called in this order, the first with the (height, width) of the windows.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Resolution,
+        num_heads: int,
+        window_size: Pair,
+        shift_size: Pair,
+        mlp_ratio: float,
+        drop_path: float,
+        norm_layer: Callable[[int], nn.Module],
+        pad_maps: bool,
+        make_attention: Callable[[Resolution], AttentionBase],
+        make_mlp: Callable[[int], nn.Module],
+    ):
+        super().__init__(dim, input_resolution, num_heads, window_size, shift_size, mlp_ratio, pad_maps)
+        self.norm1 = norm_layer(dim)
+        self.attn = make_attention(to_2tuple(self.window_size))
+        self.drop_path = drop_path_layer(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = make_mlp(int(dim * mlp_ratio))
+        self.register_buffer("attn_mask", window_mask(self.input_resolution, self.window_size, self.shift_size))
+
+    def set_input_size(self, resolution: Resolution, window_size: Pair | None = None) -> None:
+        super().set_input_size(resolution, window_size)
+        self.attn.set_window_size(self.window_size)
+        mask = window_mask(self.input_resolution, self.window_size, self.shift_size)
+        self.attn_mask = mask if mask is None else mask.to(self.attn.relative_position_index.device)
+
+    def mask_for(self, resolution: Resolution) -> Tensor | None:
+        """The `window_mask` of a map of ``resolution``."""
+        if resolution == self.input_resolution:
+            return self.attn_mask
+        geometry = resolution, self.window_size, self.shift_for(resolution)
+        device = self.attn.relative_position_index.device
+        if torch.compiler.is_compiling():  # a tracer's fake tensor must not stay in the cache
+            mask = window_mask(*geometry)
+            return mask if mask is None else mask.to(device)
+        return _cached_mask(*geometry, device)
+
+    def mix_tokens(self, x: Tensor, resolution: Resolution) -> Tensor:
+        B, L, C = x.shape
+        x = self.attn(x.view(B, *resolution, C), self.mask_for(resolution), self.shift_for(resolution))
+        return x.view(B, L, C)
+
+    def mixing_flops(self) -> float:
+        h, w = to_2tuple(self.window_size)
+        return self.num_windows() * self.attn.flops(h * w)
+
+
+@lru_cache(maxsize=64)
+def _cached_mask(resolution: Resolution, window_size: Pair, shift_size: Pair, device: torch.device) -> Tensor | None:
+    """`window_mask` of maps whose size changes from batch to batch; all blocks of a stage share two of them."""
+    with torch.inference_mode(False):
+        mask = window_mask(resolution, window_size, shift_size)
+        return mask if mask is None else mask.to(device)
+
+
+class Stage(nn.Module):
+    """Blocks on maps of one resolution, then, but for the last stage, a layer that merges patches.
+
+    Args:
+        make_block: called with the block's number, its shift and its drop path rate.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Resolution,
         depth: int,
-        make_block: Callable[[int], nn.Module],
+        window_size: Pair,
+        drop_path: float | Sequence[float],
+        make_block: Callable[[int, Pair, float], nn.Module],
         downsample: Callable[..., nn.Module] | None,
         norm_layer: Callable[[int], nn.Module],
         use_checkpoint: bool,
     ):
         super().__init__()
         self.dim = dim
-        self.input_resolution = input_resolution
+        self.input_resolution = tuple(input_resolution)
         self.depth = depth
         self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(make_block(i) for i in range(depth))
+        shifts = [0 if i % 2 == 0 else half_window(window_size) for i in range(depth)]
+        rates = drop_path if isinstance(drop_path, Sequence) else [drop_path] * depth
+        self.blocks = nn.ModuleList(make_block(i, shifts[i], rates[i]) for i in range(depth))
         self.downsample = None
         if downsample is not None:
             self.downsample = downsample(input_resolution, dim=dim, norm_layer=norm_layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def set_input_size(self, resolution: Resolution, window_size: Pair | None = None) -> None:
+        self.input_resolution = tuple(resolution)
+        for block in self.blocks:
+            block.set_input_size(resolution, window_size)
+        if self.downsample is not None:
+            self.downsample.input_resolution = self.input_resolution
+
+    def forward(self, x: Tensor, resolution: Resolution | None = None) -> Tensor:
         """(B, L, C) to (B, L, C), or to (B, L/4, 2C) where patches are merged."""
+        return self.merge(self.run_blocks(x, resolution), resolution)
+
+    def run_blocks(self, x: Tensor, resolution: Resolution | None = None) -> Tensor:
+        """(B, L, C) to (B, L, C): the map that detection and segmentation use."""
         for block in self.blocks:
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, resolution, use_reentrant=False)
             else:
-                x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+                x = block(x, resolution)
+        return x
+
+    def merge(self, x: Tensor, resolution: Resolution | None = None) -> Tensor:
+        return x if self.downsample is None else self.downsample(x, resolution)
+
+    def next_resolution(self, resolution: Resolution) -> Resolution:
+        return resolution if self.downsample is None else merged_resolution(resolution)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, input_resolution={self.input_resolution}, depth={self.depth}"
@@ -72,20 +253,24 @@ class Stage(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Patches, stages, norm, mean over tokens, head: images (B, in_chans, H, W) to logits (B, num_classes).
+    """Patches, stages, norm, mean over tokens, head: images (B, in_chans, height, width) to logits (B, num_classes).
 
     Args:
         make_stage: called with the stage's index and the arguments that every variant's ``BasicLayer`` takes:
-            ``dim, input_resolution, depth, window_size, mlp_ratio, drop, drop_path, norm_layer, downsample,
-            use_checkpoint``.
+            ``dim, input_resolution, depth, num_heads, window_size, mlp_ratio, drop, drop_path, norm_layer, downsample,
+            use_checkpoint, pad_maps``.
         merging: the layer between two stages.
+        init_std: of the weights of linear layers.
+        pad_maps: take images of any size. Maps are padded to whole windows, and a mask keeps padding out.
+
+    Raises:
+        ValueError: where the maps of a stage are not a whole number of windows; the message names sizes that work.
     """
 
     def __init__(
         self,
         make_stage: Callable[..., Stage],
         merging: Callable[..., nn.Module],
-        *,
         img_size: Pair,
         patch_size: Pair,
         in_chans: int,
@@ -93,7 +278,7 @@ class Backbone(nn.Module):
         embed_dim: int,
         depths: Sequence[int],
         num_heads: Sequence[int],
-        window_size: int,
+        window_size: Pair,
         mlp_ratio: float,
         drop_rate: float,
         drop_path_rate: float,
@@ -101,10 +286,13 @@ class Backbone(nn.Module):
         ape: bool,
         patch_norm: bool,
         use_checkpoint: bool,
+        pad_maps: bool,
+        init_std: float = 0.02,
     ):
         super().__init__()
+        img_size, patch_size, window_size = as_pair(img_size), as_pair(patch_size), as_pair(window_size)
         _check_widths(embed_dim, depths, num_heads)
-        check_input_size(img_size, patch_size, window_size, len(depths))
+        check_input_size(img_size, patch_size, window_size, len(depths), pad_maps)
         self.num_classes = num_classes
         self.num_layers = len(depths)
         self.embed_dim = embed_dim
@@ -112,58 +300,127 @@ class Backbone(nn.Module):
         self.patch_norm = patch_norm
         self.num_features = embed_dim * 2 ** (self.num_layers - 1)
         self.mlp_ratio = mlp_ratio
+        self.window_size = window_size
+        self.pad_maps = pad_maps
+        self.init_std = init_std
 
         # The order of creation is part of the interface: under one seed it decides the initial weights.
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None)
-        self.patches_resolution = H, W = self.patch_embed.patches_resolution
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, pad_maps
+        )
+        self.patches_resolution = self.patch_embed.patches_resolution
         if ape:
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, H * W, embed_dim))
-            trunc_normal_(self.absolute_pos_embed, std=0.02)
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
+            trunc_normal_(self.absolute_pos_embed, std=init_std)
         self.pos_drop = nn.Dropout(drop_rate)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()  # deeper blocks drop more often
         self.layers = nn.ModuleList()
+        resolution = tuple(self.patches_resolution)
         for i, depth in enumerate(depths):
             stage = make_stage(
                 i,
                 dim=embed_dim * 2**i,
-                input_resolution=(H // 2**i, W // 2**i),
+                input_resolution=resolution,
                 depth=depth,
+                num_heads=num_heads[i],
                 window_size=window_size,
                 mlp_ratio=mlp_ratio,
                 drop=drop_rate,
                 drop_path=rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 norm_layer=norm_layer,
-                downsample=merging if i < self.num_layers - 1 else None,
+                downsample=partial(merging, pad_maps=pad_maps) if i < self.num_layers - 1 else None,
                 use_checkpoint=use_checkpoint,
+                pad_maps=pad_maps,
             )
             self.layers.append(stage)
+            resolution = stage.next_resolution(resolution)
         self.norm = norm_layer(self.num_features)
         self.avgpool = nn.AdaptiveAvgPool1d(1)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, (nn.Linear, nn.Conv1d)):  # Conv1d: across the tokens of Swin-MLP's windows
+            trunc_normal_(module.weight, std=self.init_std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to pooled features (B, num_features)."""
-        x = self.patch_embed(x)
-        if self.ape:
-            x = x + self.absolute_pos_embed
-        x = self.pos_drop(x)
+    def set_input_size(self, img_size: Pair | None = None, window_size: Pair | None = None) -> None:
+        """Take images of another size, or cut maps into windows of another size; None keeps what is.
+
+        What was learnt of positions is resized as for a checkpoint of other sizes. Parameters may be replaced, so make
+        the optimizer afterwards.
+
+        Raises ``ValueError`` where the sizes do not fit, and changes nothing then.
+        """
+        img_size = self.patch_embed.img_size if img_size is None else as_pair(img_size)
+        window_size = self.window_size if window_size is None else as_pair(window_size)
+        check_input_size(img_size, self.patch_embed.patch_size, window_size, self.num_layers, self.pad_maps)
+        self._check_window_change(img_size, window_size)
+        old = tuple(self.patches_resolution)
+        self.window_size = window_size
+        self.patch_embed.set_input_size(img_size)
+        self.patches_resolution = self.patch_embed.patches_resolution
+        resolution = tuple(self.patches_resolution)
+        if self.ape and resolution != old:
+            resized = resize_position_embedding(self.absolute_pos_embed.detach(), old, resolution)
+            self.absolute_pos_embed = nn.Parameter(resized, self.absolute_pos_embed.requires_grad)
         for stage in self.layers:
-            x = stage(x)
+            stage.set_input_size(resolution, window_size)
+            resolution = stage.next_resolution(resolution)
+
+    def _check_window_change(self, img_size: Pair, window_size: Pair) -> None:
+        """Raise ``ValueError`` where weights cannot follow such a change. Attention's always can."""
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Resolution]:
+        """Images (B, in_chans, height, width) to tokens (B, L, embed_dim), and the (H, W) of their map."""
+        resolution = self.patch_embed.resolution_of(tuple(x.shape[2:]))
+        x = self.patch_embed(x)
+        return self.pos_drop(self.add_positions(x, resolution)), resolution
+
+    def add_positions(self, x: Tensor, resolution: Resolution) -> Tensor:
+        """Add the absolute position embedding, if there is one, resized to maps of another resolution."""
+        if not self.ape:
+            return x
+        built_for, embedding = tuple(self.patches_resolution), self.absolute_pos_embed
+        if resolution != built_for:
+            embedding = resize_position_embedding(embedding, built_for, resolution)
+        return x + embedding
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) to pooled features (B, num_features)."""
+        x, resolution = self.embed(x)
+        for stage in self.layers:
+            x = stage(x, resolution)
+            resolution = stage.next_resolution(resolution)
         x = self.norm(x)  # B, L, C
         return self.avgpool(x.transpose(1, 2)).flatten(1)
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooled features (B, num_features) to logits (B, num_classes)."""
+        return x if pre_logits else self.head(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.forward_features(x))
+        return self.forward_head(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one of ``num_classes``, initialised as at construction; 0 removes it.
+
+        ``global_pool``: as timm's models take it; only the mean ("avg") is there.
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool={global_pool!r}; these models pool by the mean: 'avg'")
+        place = next(self.norm.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.apply(self._init_weights)
+        self.head.to(place.device, place.dtype)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
 
     def flops(self) -> float:
         """Multiply-adds of one image, by the official count (matrix products and norms)."""

@@ -8,24 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from checkpoint import resize_bias_table
+
 from .attention import AttentionBase
-from .backbone import Backbone, Block, Stage, drop_path_layer
-from .layers import (
-    Linear,
-    Mlp,
-    Pair,
-    PatchEmbed,
-    PatchMerging,
-    fit_window,
-    relative_position_index,
-    shift_mask,
-    window_partition,
-    window_reverse,
-)
+from .backbone import AttentionBlock, Backbone, Stage
+from .layers import Mlp, Pair, PatchEmbed, PatchMerging, window_partition, window_reverse
 
 __all__ = [
     "BasicLayer",
@@ -44,57 +34,43 @@ class WindowAttention(AttentionBase):
     """Multi-head attention within windows, with a learnt bias for each relative position (paper, equation 4).
 
     Args:
-        window_size: (height, width).
+        window_size: (height, width), or one number for both.
         qk_scale: replaces 1 / sqrt(channels per head).
     """
 
     def __init__(
         self,
         dim: int,
-        window_size: tuple[int, int],
+        window_size: Pair,
         num_heads: int,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__()
-        self.dim = dim
-        self.window_size = h, w = to_2tuple(window_size)
-        self.num_heads = num_heads
+        super().__init__(dim, window_size, num_heads)
         self.scale = qk_scale or (dim // num_heads) ** -0.5
+        h, w = self.window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1), num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(self.window_size))
-        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.add_projections(qkv_bias, attn_drop, proj_drop)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def packed_qkv(self, x: Tensor) -> Tensor:
-        return self.qkv(x)
+    def bias_table(self) -> Tensor:
+        return self.relative_position_bias_table
 
-    def position_bias(self) -> Tensor:
-        # An embedding's backward is deterministic; that of plain indexing adds in any order, on CPU too.
-        bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # N, N, nH
-        return bias.permute(2, 0, 1).contiguous()
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, window_size={self.window_size}, num_heads={self.num_heads}"
-
-    def flops(self, N: int) -> int:
-        """Multiply-adds of one window of N tokens."""
-        projections = 4 * N * self.dim * self.dim
-        products = 2 * self.num_heads * N * N * (self.dim // self.num_heads)
-        return projections + products
+    def fit_bias(self, window_size: tuple[int, int]) -> None:
+        table = self.relative_position_bias_table
+        resized = resize_bias_table(table.detach(), self.window_size, window_size)
+        self.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
 
 
-class SwinTransformerBlock(Block):
+class SwinTransformerBlock(AttentionBlock):
     """Attention in windows, shifted in every second block, then an MLP.
 
     Args:
         input_resolution: (H, W) of the map.
         fused_window_process: accepted for compatibility; backends are chosen in `models.attention`.
+        pad_maps: take maps of any size, padded to whole windows.
     """
 
     def __init__(
@@ -102,8 +78,8 @@ class SwinTransformerBlock(Block):
         dim: int,
         input_resolution: tuple[int, int],
         num_heads: int,
-        window_size: int = 7,
-        shift_size: int = 0,
+        window_size: Pair = 7,
+        shift_size: Pair = 0,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -113,44 +89,16 @@ class SwinTransformerBlock(Block):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         fused_window_process: bool = False,
+        pad_maps: bool = False,
     ):
-        super().__init__()
-        self.dim = dim
-        self.input_resolution = input_resolution
-        self.num_heads = num_heads
-        self.window_size, self.shift_size = fit_window(input_resolution, window_size, shift_size)
-        self.mlp_ratio = mlp_ratio
+        super().__init__(
+            *(dim, input_resolution, num_heads, window_size, shift_size, mlp_ratio, drop_path, norm_layer, pad_maps),
+            make_attention=lambda window: WindowAttention(
+                dim, window, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop=drop
+            ),
+            make_mlp=lambda hidden: Mlp(dim, hidden, act_layer=act_layer, drop=drop),
+        )
         self.fused_window_process = fused_window_process
-
-        self.norm1 = norm_layer(dim)
-        self.attn = WindowAttention(
-            dim, to_2tuple(self.window_size), num_heads, qkv_bias, qk_scale, attn_drop, proj_drop=drop
-        )
-        self.drop_path = drop_path_layer(drop_path)
-        self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
-        mask = shift_mask(input_resolution, self.window_size, self.shift_size) if self.shift_size > 0 else None
-        self.register_buffer("attn_mask", mask)
-
-    def mix_tokens(self, x: Tensor) -> Tensor:
-        H, W = self.input_resolution
-        B, L, C = x.shape
-        if L != H * W:
-            raise ValueError(f"{L} tokens are not the {H}x{W} map that this block was built for")
-        return self.attn(x.view(B, H, W, C), self.attn_mask, self.shift_size).view(B, L, C)
-
-    def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, input_resolution={self.input_resolution}, num_heads={self.num_heads}, "
-            f"window_size={self.window_size}, shift_size={self.shift_size}, mlp_ratio={self.mlp_ratio}"
-        )
-
-    def flops(self) -> float:
-        H, W = self.input_resolution
-        windows = H * W / self.window_size**2
-        norms = 2 * self.dim * H * W
-        mlp = 2 * H * W * self.dim * self.dim * self.mlp_ratio
-        return norms + windows * self.attn.flops(self.window_size**2) + mlp
 
 
 class BasicLayer(Stage):
@@ -162,7 +110,7 @@ class BasicLayer(Stage):
         input_resolution: tuple[int, int],
         depth: int,
         num_heads: int,
-        window_size: int,
+        window_size: Pair,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -173,25 +121,29 @@ class BasicLayer(Stage):
         downsample: Callable[..., nn.Module] | None = None,
         use_checkpoint: bool = False,
         fused_window_process: bool = False,
+        pad_maps: bool = False,
     ):
-        def make_block(i: int) -> SwinTransformerBlock:
+        def make_block(i: int, shift_size: Pair, drop_path: float) -> SwinTransformerBlock:
             return SwinTransformerBlock(
                 dim,
                 input_resolution,
                 num_heads,
                 window_size,
-                shift_size=0 if i % 2 == 0 else window_size // 2,
+                shift_size,
                 mlp_ratio=mlp_ratio,
                 qkv_bias=qkv_bias,
                 qk_scale=qk_scale,
                 drop=drop,
                 attn_drop=attn_drop,
-                drop_path=drop_path[i] if isinstance(drop_path, Sequence) else drop_path,
+                drop_path=drop_path,
                 norm_layer=norm_layer,
                 fused_window_process=fused_window_process,
+                pad_maps=pad_maps,
             )
 
-        super().__init__(dim, input_resolution, depth, make_block, downsample, norm_layer, use_checkpoint)
+        super().__init__(
+            dim, input_resolution, depth, window_size, drop_path, make_block, downsample, norm_layer, use_checkpoint
+        )
 
 
 class SwinTransformer(Backbone):
@@ -199,9 +151,10 @@ class SwinTransformer(Backbone):
 
     Args:
         img_size: side of the images, or (height, width).
-        window_size: side of the windows; maps no larger than it are one window.
+        window_size: side of the windows, or (height, width); maps no larger than it are one window.
         drop_path_rate: of the last block; it grows linearly from 0.
         ape: add a learnt absolute position embedding to the patches.
+        pad_maps: take images of any size: maps are padded to whole windows, and a mask keeps padding out.
 
     Raises:
         ValueError: where the maps of a stage are not a whole number of windows; the message names sizes that work.
@@ -216,7 +169,7 @@ class SwinTransformer(Backbone):
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,
+        window_size: Pair = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -228,8 +181,9 @@ class SwinTransformer(Backbone):
         patch_norm: bool = True,
         use_checkpoint: bool = False,
         fused_window_process: bool = False,
+        pad_maps: bool = False,
     ):
-        attention = partial(
+        layer = partial(
             BasicLayer,
             qkv_bias=qkv_bias,
             qk_scale=qk_scale,
@@ -237,21 +191,8 @@ class SwinTransformer(Backbone):
             fused_window_process=fused_window_process,
         )
         super().__init__(
-            lambda i, **shared: attention(num_heads=num_heads[i], **shared),
+            lambda i, **shared: layer(**shared),
             PatchMerging,
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            embed_dim=embed_dim,
-            depths=depths,
-            num_heads=num_heads,
-            window_size=window_size,
-            mlp_ratio=mlp_ratio,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            norm_layer=norm_layer,
-            ape=ape,
-            patch_norm=patch_norm,
-            use_checkpoint=use_checkpoint,
+            *(img_size, patch_size, in_chans, num_classes, embed_dim, depths, num_heads, window_size, mlp_ratio),
+            *(drop_rate, drop_path_rate, norm_layer, ape, patch_norm, use_checkpoint, pad_maps),
         )

@@ -234,13 +234,15 @@ BIAS_TABLES = [
 @pytest.mark.parametrize("resize, case", BIAS_TABLES)
 def test_resized_bias_tables_are_the_official_ones(resize, case):
     source = golden_values(case["param_name"], ((2 * case["src_window"] - 1) ** 2, case["heads"]))
-    check_resized(resize(source, torch.zeros(case["shape"])), case)
+    old, new = ((case[key], case[key]) for key in ("src_window", "dst_window"))
+    check_resized(resize(source, old, new), case)
 
 
 @pytest.mark.parametrize("case", golden("pretrained")["ape"], ids=lambda c: f"{c['src_grid']}to{c['dst_grid']}")
 def test_resized_position_embeddings_are_the_official_ones(case):
     source = golden_values(case["param_name"], (1, case["src_grid"] ** 2, case["channels"]))
-    check_resized(resize_position_embedding(source, torch.zeros(case["shape"])), case)
+    old, new = ((case[key], case[key]) for key in ("src_grid", "dst_grid"))
+    check_resized(resize_position_embedding(source, old, new), case)
 
 
 def check_resized(table: torch.Tensor, case: dict) -> None:

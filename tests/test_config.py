@@ -10,7 +10,9 @@ import launch
 from config import get_config, to_dict
 
 OFFICIAL = golden("configs")
-SWIN_FILES = [name for name in OFFICIAL["configs"] if name.startswith("configs/swin/")]
+OFFICIAL_FILES = list(OFFICIAL["configs"])
+FAMILIES = ("swin", "swinv2", "swinmlp", "swinmoe", "simmim")
+SCRIPTS = {"swinmoe": "main_moe.py", "simmim_pretrain": "main_simmim_pt.py", "simmim_finetune": "main_simmim_ft.py"}
 
 
 def assert_contains(actual: dict, expected: dict) -> None:
@@ -28,7 +30,7 @@ def test_defaults_are_the_official_ones():
     assert_contains(to_dict(make_config()), expected)
 
 
-@pytest.mark.parametrize("name", SWIN_FILES)
+@pytest.mark.parametrize("name", OFFICIAL_FILES)
 def test_yaml_files_are_the_official_ones(name):
     config, expected = to_dict(make_config(name)), to_dict(make_config())
     assert_contains(config, OFFICIAL["configs"][name])
@@ -42,11 +44,13 @@ def test_yaml_files_are_the_official_ones(name):
     assert config == expected  # nothing else is changed
 
 
-def test_every_swin_file_is_there_and_says_its_command():
-    assert sorted(f"configs/swin/{path.name}" for path in (ROOT / "configs/swin").iterdir()) == sorted(SWIN_FILES)
-    for name in SWIN_FILES:
+def test_every_official_file_is_there_and_says_its_command():
+    files = [path.relative_to(ROOT).as_posix() for family in FAMILIES for path in (ROOT / "configs" / family).iterdir()]
+    assert sorted(files) == sorted(OFFICIAL_FILES)
+    for name in OFFICIAL_FILES:
         text = (ROOT / name).read_text()
-        assert "arxiv.org" in text and f"main.py --cfg {name}" in text and "# Expected:" in text
+        script = next((script for part, script in SCRIPTS.items() if part in name), "main.py")
+        assert "arxiv.org" in text and f" {script} --cfg {name}" in text and "# Expected:" in text
 
 
 def test_base_files_come_first(tmp_path):

@@ -1,6 +1,7 @@
 """Swin models against the official numbers and against timm's and torchvision's own implementations."""
 
 import hashlib
+from functools import partial
 
 import pytest
 import timm
@@ -9,12 +10,18 @@ import torchvision
 from conftest import fill, golden, golden_images, make_config, swin_tiny
 
 from models import build_model
-from models.attention import ATTEND
+from models.attention import ATTEND, set_attention_backend
+from models.swin_mlp import SwinMLP
 from models.swin_transformer import BasicLayer, SwinTransformer, SwinTransformerBlock, WindowAttention
+from models.swin_transformer_moe import SwinTransformerMoE
+from models.swin_transformer_v2 import SwinTransformerV2
 from optimizer import build_optimizer
 
-OFFICIAL = {name: numbers for name, numbers in golden("models").items() if name.startswith("configs/swin/")}
-QUICK = [name for name in OFFICIAL if "large" not in name and "384" not in name]
+OFFICIAL = {name: numbers for name, numbers in golden("models").items() if "simmim_pretrain" not in name}
+SLOW = ("large", "384", "_base_", "small_patch4_window16", "moe_base", "simmim", "22k")
+QUICK = [name for name in OFFICIAL if "configs/swin/" in name and "large" not in name and "384" not in name]
+QUICK += [name for name in OFFICIAL if "configs/swin/" not in name and not any(part in name for part in SLOW)]
+QUICK += [name for name in OFFICIAL if "swin_moe_small" in name]
 
 
 def build(name: str, **kwargs) -> torch.nn.Module:
@@ -36,7 +43,7 @@ def test_sizes_keys_flops_and_groups_are_the_official_ones(name):
     assert model.flops() == expected["flops"]
     assert sorted(model.no_weight_decay()) == expected["no_weight_decay"]
     assert sorted(model.no_weight_decay_keywords()) == expected["no_weight_decay_keywords"]
-    check_groups(build_optimizer(config, model), expected["optimizer"])
+    check_groups(build_optimizer(config, model, simmim="simmim" in name), expected["optimizer"])
 
 
 def check_groups(optimizer: torch.optim.Optimizer, expected: dict) -> None:
@@ -50,28 +57,18 @@ def check_groups(optimizer: torch.optim.Optimizer, expected: dict) -> None:
         assert group.get("group_name") == numbers.get("group_name")
 
 
-def test_simmim_fine_tuning_groups_are_the_official_ones():
-    name = "configs/simmim/simmim_finetune__swin_base__img224_window7__800ep.yaml"
-    values = golden("configs")["configs"][name]
-    opts = ["MODEL.SWIN.EMBED_DIM", 128, "MODEL.SWIN.DEPTHS", [2, 2, 18, 2], "MODEL.SWIN.NUM_HEADS", [4, 8, 16, 32]]
-    opts += [part for key, value in values["TRAIN"].items() for part in (f"TRAIN.{key}", value)]
-    config = make_config(None, *opts)
-    with torch.device("meta"):
-        model = build_model(config)
-    check_groups(build_optimizer(config, model, simmim=True), golden("models")[name]["optimizer"])
-
-
 @pytest.mark.parametrize("backend", ATTEND)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OFFICIAL])
 def test_logits_loss_and_gradients_are_the_official_ones(name, backend):
     expected = OFFICIAL[name]
     model, _ = build(name)
     fill(model).eval()
-    for module in model.modules():
-        if isinstance(module, WindowAttention):
-            module.backend = backend
+    set_attention_backend(model, backend)
     images = golden_images(expected["input_seed"], expected["batch"], expected["img_size"])
     logits = model(images)
+    if "aux" in expected:
+        logits, auxiliary = logits
+        assert auxiliary.item() == expected["aux"]
     loss = torch.nn.functional.cross_entropy(logits, torch.arange(expected["batch"]) % expected["num_classes"])
     loss.backward()
     torch.testing.assert_close(logits[:, :10], torch.tensor(expected["logits_first10"]), atol=1e-4, rtol=1e-5)
@@ -83,19 +80,29 @@ def test_logits_loss_and_gradients_are_the_official_ones(name, backend):
     assert {n: norms[n] for n in expected["grad_norms"]} == pytest.approx(expected["grad_norms"], rel=1e-3)
 
 
+SMALL_INIT = {
+    **{"img_size": 64, "patch_size": 2, "embed_dim": 24, "depths": [2, 2, 2], "num_heads": [2, 4, 8]},
+    **{"window_size": 4, "ape": True, "num_classes": 10},
+}
 INIT_CASES = {
-    "swin_tiny_patch4_window7_224": {"drop_path_rate": 0.2},
-    "swin_small_ape": {
-        **{"img_size": 64, "patch_size": 2, "embed_dim": 24, "depths": [2, 2, 2], "num_heads": [2, 4, 8]},
-        **{"window_size": 4, "ape": True, "num_classes": 10, "qkv_bias": False},
-    },
+    "swin_tiny_patch4_window7_224": partial(SwinTransformer, drop_path_rate=0.2),
+    "swin_small_ape": partial(SwinTransformer, **SMALL_INIT, qkv_bias=False),
+    "swinv2_tiny_patch4_window8_256": partial(SwinTransformerV2, img_size=256, window_size=8, drop_path_rate=0.2),
+    "swinv2_small_ape": partial(SwinTransformerV2, **SMALL_INIT, qkv_bias=False, pretrained_window_sizes=[2, 2, 2]),
+    "swin_mlp_tiny_c24_patch4_window8_256": partial(
+        SwinMLP, img_size=256, window_size=8, num_heads=[4, 8, 16, 32], drop_path_rate=0.2
+    ),
+    "swin_mlp_small_ape": partial(SwinMLP, **SMALL_INIT),
+    "swin_moe_small_dense": partial(
+        SwinTransformerMoE, **SMALL_INIT, mlp_fc2_bias=False, init_std=0.005, pretrained_window_sizes=[0, 0, 0]
+    ),
 }
 
 
 @pytest.mark.parametrize("case", INIT_CASES)
 def test_initial_weights_are_the_official_ones(case):
     torch.manual_seed(0)
-    parameters = dict(SwinTransformer(**INIT_CASES[case]).named_parameters())
+    parameters = dict(INIT_CASES[case]().named_parameters())
     expected = golden("init")[case]
     assert list(parameters) == list(expected)
     for name, (size, total, weighted) in expected.items():
@@ -151,9 +158,7 @@ def test_backends_agree_in_float64_with_gradients():
     images = torch.randn(3, 3, 32, 48, dtype=torch.float64)
     results = {}
     for backend in ATTEND:
-        for module in model.modules():
-            if isinstance(module, WindowAttention):
-                module.backend = backend
+        set_attention_backend(model, backend)
         model.zero_grad()
         loss = model.eval()(images).square().sum()
         loss.backward()

@@ -17,31 +17,17 @@ from models import build_model
 from optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state
 
 LR = golden("lr")["lr"]
-TRAIN = {name: numbers for name, numbers in golden("train").items() if name != "swinv2"}
-FINETUNE = "configs/simmim/simmim_finetune__swin_base__img224_window7__800ep.yaml"
+TRAIN = golden("train")
 SCHEDULE_FILES = {
     "multistep": "configs/simmim/simmim_pretrain__swin_base__img192_window6__800ep.yaml",
-    "finetune_cosine": FINETUNE,
+    "finetune_cosine": "configs/simmim/simmim_finetune__swin_base__img224_window7__800ep.yaml",
 }
-
-
-def official_opts(name: str, section: str = "") -> list:
-    """The TRAIN part of an official file that this version does not ship yet, as KEY, VALUE pairs."""
-    opts = []
-
-    def walk(values: dict, prefix: str) -> None:
-        for key, value in values.items():
-            walk(value, f"{prefix}{key}.") if isinstance(value, dict) else opts.extend([f"{prefix}{key}", value])
-
-    walk(golden("configs")["configs"][name]["TRAIN"], "TRAIN.")
-    return opts
 
 
 @pytest.mark.parametrize("name", LR)
 def test_learning_rates_are_the_official_ones(name):
     case = LR[name]
-    opts = official_opts(SCHEDULE_FILES[name]) if name in SCHEDULE_FILES else []
-    config = make_config(None, *opts, *(case["opts"] or []))
+    config = make_config(SCHEDULE_FILES.get(name), *(case["opts"] or []))
     base = config.TRAIN.BASE_LR
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": base * scale, "lr_scale": scale} for scale in (1, 0.5)]
     optimizer = torch.optim.AdamW(groups, lr=base)
@@ -64,11 +50,8 @@ class Batches(list):
 
 
 def official_run(case: dict, tmp_path, **changes):
-    opts = official_opts(FINETUNE) if "simmim" in case["config"] else []
-    cfg = None if opts else case["config"]
     config = make_config(
-        cfg,
-        *opts,
+        case["config"],
         *case["opts"],
         *("DATA.BATCH_SIZE", case["batch"], "TRAIN.ACCUMULATION_STEPS", case["accumulation_steps"]),
         *("TRAIN.CLIP_GRAD", case["clip_grad"], "MODEL.NUM_CLASSES", 10, "PRINT_FREQ", 1, "OUTPUT", str(tmp_path)),
