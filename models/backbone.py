@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import resize_position_embedding
 
 from .attention import AttentionBase
+from .features import Features
 from .layers import (
     Pair,
     PatchEmbed,
@@ -252,7 +253,7 @@ class Stage(nn.Module):
         return sum(block.flops() for block in self.blocks) + merging
 
 
-class Backbone(nn.Module):
+class Backbone(Features, nn.Module):
     """Patches, stages, norm, mean over tokens, head: images (B, in_chans, height, width) to logits (B, num_classes).
 
     Args:
@@ -303,6 +304,7 @@ class Backbone(nn.Module):
         self.window_size = window_size
         self.pad_maps = pad_maps
         self.init_std = init_std
+        self.norm_layer = norm_layer
 
         # The order of creation is part of the interface: under one seed it decides the initial weights.
         self.patch_embed = PatchEmbed(
@@ -375,10 +377,15 @@ class Backbone(nn.Module):
     def _check_window_change(self, img_size: Pair, window_size: Pair) -> None:
         """Raise ``ValueError`` where weights cannot follow such a change. Attention's always can."""
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Resolution]:
-        """Images (B, in_chans, height, width) to tokens (B, L, embed_dim), and the (H, W) of their map."""
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Resolution]:
+        """Images (B, in_chans, height, width) to tokens (B, L, embed_dim), and the (H, W) of their map.
+
+        With a mask (B, H, W), patches are hidden where it is 1 (`simmim`).
+        """
         resolution = self.patch_embed.resolution_of(tuple(x.shape[2:]))
         x = self.patch_embed(x)
+        if mask is not None:
+            x = self.hide(x, mask)
         return self.pos_drop(self.add_positions(x, resolution)), resolution
 
     def add_positions(self, x: Tensor, resolution: Resolution) -> Tensor:
@@ -392,18 +399,26 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to pooled features (B, num_features)."""
-        x, resolution = self.embed(x)
+        return self.pool(self.run_stages(*self.embed(x))[0])
+
+    def run_stages(self, x: Tensor, resolution: Resolution) -> tuple[Tensor, Resolution]:
+        """Tokens and their map's (H, W) to those of the last stage."""
         for stage in self.layers:
             x = stage(x, resolution)
             resolution = stage.next_resolution(resolution)
-        x = self.norm(x)  # B, L, C
-        return self.avgpool(x.transpose(1, 2)).flatten(1)
+        return x, resolution
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, num_features) to their normalised mean (B, num_features)."""
+        return self.avgpool(self.norm(x).transpose(1, 2)).flatten(1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features (B, num_features) to logits (B, num_classes)."""
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if self.out_indices:
+            return self.forward_maps(x)
         return self.forward_head(self.forward_features(x))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

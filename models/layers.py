@@ -220,14 +220,14 @@ def window_partition(x: Tensor, window_size: Pair) -> Tensor:
     h, w = to_2tuple(window_size)
     B, H, W, C = x.shape
     x = x.view(B, H // h, h, W // w, w, C).transpose(2, 3)
-    return x.reshape(-1, h, w, C)
+    return x.contiguous().view(-1, h, w, C)  # contiguous in degenerate cases too: callers go on with view
 
 
 def window_reverse(windows: Tensor, window_size: Pair, H: int, W: int) -> Tensor:
     """The inverse of `window_partition`: (B * nW, window height, window width, C) to (B, H, W, C)."""
     h, w = to_2tuple(window_size)
     x = windows.view(-1, H // h, W // w, h, w, windows.shape[-1]).transpose(2, 3)
-    return x.reshape(-1, H, W, windows.shape[-1])
+    return x.contiguous().view(-1, H, W, windows.shape[-1])
 
 
 def relative_position_index(window_size: Pair) -> Tensor:

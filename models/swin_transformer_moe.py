@@ -215,7 +215,9 @@ class SwinTransformerMoE(Backbone):
         x = super().forward_features(x)
         return x, x.new_zeros(())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor]:
+        if self.out_indices:
+            return self.forward_maps(x)
         x, auxiliary = self.forward_features(x)
         return self.forward_head(x), auxiliary
 

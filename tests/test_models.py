@@ -102,8 +102,11 @@ INIT_CASES = {
 @pytest.mark.parametrize("case", INIT_CASES)
 def test_initial_weights_are_the_official_ones(case):
     torch.manual_seed(0)
-    parameters = dict(INIT_CASES[case]().named_parameters())
-    expected = golden("init")[case]
+    check_initial_weights(INIT_CASES[case](), golden("init")[case])
+
+
+def check_initial_weights(model: torch.nn.Module, expected: dict) -> None:
+    parameters = dict(model.named_parameters())
     assert list(parameters) == list(expected)
     for name, (size, total, weighted) in expected.items():
         x = parameters[name].detach().double().flatten()

@@ -1,0 +1,124 @@
+"""SimMIM: hide patches, encode the rest, predict the hidden pixels with one linear layer.
+
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", https://arxiv.org/abs/2111.09886. Names,
+arguments and parameters are those of the official ``models/simmim.py``. B images, C channels, H x W a map of patches.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from .arguments import model_arguments
+from .swin_transformer import SwinTransformer
+from .swin_transformer_v2 import SwinTransformerV2
+
+
+class MaskedEncoder:
+    """What the encoders of SimMIM add to a backbone: a learnt token in the place of hidden patches (section 3.2)."""
+
+    def add_mask_token(self) -> None:
+        assert self.num_classes == 0
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        trunc_normal_(self.mask_token, std=0.02)
+
+    def hide(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Replace tokens (B, L, C) by the mask token where ``mask`` (B, H, W) is 1."""
+        hidden = mask.flatten(1).unsqueeze(-1).to(x.dtype)  # B, L, 1
+        return x * (1 - hidden) + self.mask_token * hidden
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Images (B, C, height, width) and a mask (B, H, W) of patches to the last map (B, num_features, H/8, W/8)."""
+        x, resolution = self.run_stages(*self.embed(x, mask))
+        return self.norm(x).transpose(1, 2).unflatten(2, resolution)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"mask_token"}
+
+
+class SwinTransformerForSimMIM(MaskedEncoder, SwinTransformer):
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_mask_token()
+
+
+class SwinTransformerV2ForSimMIM(MaskedEncoder, SwinTransformerV2):
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_mask_token()
+
+
+ENCODERS = {"swin": SwinTransformerForSimMIM, "swinv2": SwinTransformerV2ForSimMIM}
+
+
+class SimMIM(nn.Module):
+    """Encoder, one linear layer from each token of the last map to its pixels, and the loss on hidden pixels.
+
+    Args:
+        config: holds ``NORM_TARGET.ENABLE`` and ``NORM_TARGET.PATCH_SIZE``, of `norm_targets`.
+        encoder_stride: pixels along a side of a token of the encoder's last map.
+        patch_size: pixels along a side of a patch.
+    """
+
+    def __init__(self, config: Any, encoder: nn.Module, encoder_stride: int, in_chans: int, patch_size: int):
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.encoder_stride = encoder_stride
+        self.decoder = nn.Sequential(
+            nn.Conv2d(encoder.num_features, encoder_stride**2 * in_chans, kernel_size=1),
+            nn.PixelShuffle(encoder_stride),
+        )
+        self.in_chans = in_chans
+        self.patch_size = patch_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The mean absolute error on hidden pixels, of images (B, C, height, width) and a mask (B, H, W)."""
+        reconstruction = self.decoder(self.encoder(x, mask))
+        hidden = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2).unsqueeze(1)
+        target = self.config.NORM_TARGET
+        if target.ENABLE:
+            x = norm_targets(x, target.PATCH_SIZE)
+        errors = F.l1_loss(reconstruction, x, reduction="none")
+        return (errors * hidden).sum() / (hidden.sum() + 1e-5) / self.in_chans
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    @torch.jit.ignore
+    def no_weight_decay_keywords(self) -> set[str]:
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay_keywords()}
+
+
+def norm_targets(targets: Tensor, patch_size: int) -> Tensor:
+    """Each pixel normalised by mean and deviation of the window of side ``patch_size`` around it, within the image.
+
+    Raises ``ValueError`` for an even side.
+    """
+    if patch_size % 2 == 0:
+        raise ValueError(
+            f"patch_size={patch_size} (MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE) must be odd, so that it has a middle"
+        )
+
+    def window_mean(x: Tensor, of_whole_window: bool = False) -> Tensor:
+        return F.avg_pool2d(x, patch_size, stride=1, padding=patch_size // 2, count_include_pad=of_whole_window)
+
+    mean = window_mean(targets)
+    count = window_mean(torch.ones_like(targets), of_whole_window=True) * patch_size**2
+    variance = (window_mean(targets**2) - mean**2) * (count / (count - 1))
+    return (targets - mean) / (variance.clamp(min=0.0) + 1e-6) ** 0.5
+
+
+def build_simmim(config: Any) -> SimMIM:
+    """The pre-training model of ``config``; raises ``ValueError`` for a type that cannot be an encoder."""
+    kind = config.MODEL.TYPE
+    if kind not in ENCODERS:
+        raise ValueError(f"MODEL.TYPE={kind!r} cannot be pre-trained by SimMIM; choose from {sorted(ENCODERS)}")
+    section = config.MODEL[kind.upper()]
+    encoder = ENCODERS[kind](**{**model_arguments(config), "num_classes": 0})
+    stride = section.PATCH_SIZE * 2 ** (len(section.DEPTHS) - 1)
+    return SimMIM(config.MODEL.SIMMIM, encoder, stride, section.IN_CHANS, section.PATCH_SIZE)
