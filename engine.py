@@ -387,8 +387,7 @@ def throughput(session: Session, model: nn.Module, runs: int = 30) -> float:
     config, logger, device = session.config, session.logger, session.device
     batch = config.DATA.BATCH_SIZE
     model.to(device).eval()
-    channels = model.patch_embed.in_chans
-    images = torch.randn(batch, channels, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE, device=device)
+    images = torch.randn(batch, model.patch_embed.in_chans, *model.patch_embed.img_size, device=device)
 
     def passes(count: int) -> float:
         distributed.synchronize(device)

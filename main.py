@@ -42,6 +42,10 @@ def main(config: Any) -> float:
     with launch.session(config) as session:
         if session.config.THROUGHPUT_MODE:
             return time_model(session)
+        if session.config.MODEL.TYPE == "swin_moe":
+            raise ValueError(
+                "MODEL.TYPE='swin_moe' has an auxiliary loss, which main.py does not know; it only times it"
+            )
         if session.config.EVAL_MODE:
             return evaluate(session)
         return train(session)

@@ -6,8 +6,10 @@ from typing import Any
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 
 # The official names; evaluation takes bilinear for any other.
 EVAL_INTERPOLATION = {
@@ -18,16 +20,18 @@ EVAL_INTERPOLATION = {
 
 
 def build_transform(is_train: bool, config: Any) -> Callable:
-    """PIL image to normalised tensor (3, IMG_SIZE, IMG_SIZE) (official ``data/build.py``)."""
+    """PIL image to normalised tensor (3, height, width) of ``IMG_SIZE`` (official ``data/build.py``)."""
     return _train_transform(config) if is_train else _eval_transform(config)
 
 
 def _train_transform(config: Any) -> Callable:
-    aug, size = config.AUG, config.DATA.IMG_SIZE
+    aug, size = config.AUG, to_2tuple(config.DATA.IMG_SIZE)
+    aspect = size[1] / size[0]
     try:
         transform = create_transform(
             input_size=size,
             is_training=True,
+            ratio=(3 / 4 * aspect, 4 / 3 * aspect),
             hflip=aug.HFLIP,
             color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
             auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
@@ -51,20 +55,38 @@ def _train_transform(config: Any) -> Callable:
 
 
 def _eval_transform(config: Any) -> Callable:
-    size, steps = config.DATA.IMG_SIZE, []
+    size, steps = to_2tuple(config.DATA.IMG_SIZE), []
     if not _is_small(size):
         interpolation = EVAL_INTERPOLATION.get(config.DATA.INTERPOLATION, InterpolationMode.BILINEAR)
         if config.TEST.CROP:
-            steps += [transforms.Resize(int(256 / 224 * size), interpolation), transforms.CenterCrop(size)]
+            larger = tuple(int(256 / 224 * side) for side in size)
+            square = size[0] == size[1]
+            cover = transforms.Resize(larger[0], interpolation) if square else Cover(larger, interpolation)
+            steps += [cover, transforms.CenterCrop(size)]
         else:
-            steps += [transforms.Resize((size, size), interpolation)]
+            steps += [transforms.Resize(size, interpolation)]
     steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
     return transforms.Compose(steps)
 
 
-def _is_small(size: int) -> bool:
+class Cover:
+    """Resize an image, its aspect kept, to the smallest size that covers (height, width)."""
+
+    def __init__(self, size: tuple[int, int], interpolation: InterpolationMode):
+        self.size = size
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = max(self.size[0] / image.height, self.size[1] / image.width)
+        size = [
+            max(round(side * scale), least) for side, least in zip((image.height, image.width), self.size, strict=True)
+        ]
+        return F.resize(image, size, self.interpolation)
+
+
+def _is_small(size: tuple[int, int]) -> bool:
     """CIFAR-sized images are taken as they are: padded and cropped for training, not resized for evaluation."""
-    return size <= 32
+    return max(size) <= 32
 
 
 def _augment_ops(step: Any) -> Iterator[Any]:

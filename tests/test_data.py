@@ -236,3 +236,18 @@ def test_too_few_images_for_a_batch(image_folder):
 def test_what_this_version_cannot_read_is_an_error(image_folder, key, value):
     with pytest.raises(ValueError, match=key):
         build_loader(config_for(image_folder, key, value))
+
+
+def test_oblong_sizes_keep_the_aspect_of_images():
+    """What lies inside the cropped middle is neither stretched nor filled up."""
+    config = make_config(None, "DATA.IMG_SIZE", [96, 192])
+    image = photo(300, 250)
+    resized = image.resize((219, 182), Image.BICUBIC).crop((14, 43, 14 + 192, 43 + 96))  # 192 * 256 / 224 wide
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(build_transform(False, config)(image), normalise(expected))
+    assert build_transform(True, config)(image).shape == (3, 96, 192)
+    crop = build_transform(True, config).transforms[0]
+    assert crop.size == (96, 192) and crop.ratio == (3 / 2, 8 / 3)
+    tall = build_transform(False, make_config(None, "DATA.IMG_SIZE", [192, 96], "TEST.CROP", False))(image)
+    assert tall.shape == (3, 192, 96)
