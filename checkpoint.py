@@ -196,13 +196,19 @@ def resize_bias_table_geometric(table: Tensor, old: Size, new: Size) -> Tensor:
 
     Args:
         old, new: (height, width) of the windows.
+
+    Raises ``ValueError`` for an old window of one row or column, which tells nothing of other offsets.
     """
     if old == new:
         return table
+    if min(old) < 2:
+        raise ValueError(f"a table of {old[0]}x{old[1]} windows cannot be resized to {new[0]}x{new[1]} windows")
     places = [_progression(before, after) for before, after in zip(old, new, strict=True)]
     wanted = [np.arange(-(side - 1), side) for side in new]
     grids = table.T.reshape(-1, 2 * old[0] - 1, 2 * old[1] - 1).double().cpu().numpy()
-    resized = np.stack([RectBivariateSpline(*places, grid)(*wanted) for grid in grids])  # nH, 2h - 1, 2w - 1
+    kx, ky = (min(3, len(place) - 1) for place in places)  # a spline of cubics needs four places
+    splines = [RectBivariateSpline(*places, grid, kx=kx, ky=ky) for grid in grids]
+    resized = np.stack([spline(*wanted) for spline in splines])  # nH, 2h - 1, 2w - 1
     return torch.from_numpy(resized.reshape(len(grids), -1).T.copy()).to(table)
 
 
