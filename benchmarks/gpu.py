@@ -16,6 +16,9 @@ BENCHMARKS = [
     ["--dtype", "fp16", "--batch-size", "256", "--repeats", "20"],
     ["--dtype", "fp32", "--batch-size", "64", "--repeats", "10"],
     ["--dtype", "bf16", "--batch-size", "128", "--repeats", "10", "--train"],
+    ["--model", "swin_base", "--dtype", "bf16", "--batch-size", "128", "--repeats", "10"],
+    ["--model", "swinv2_tiny", "--dtype", "bf16", "--batch-size", "128", "--repeats", "10"],
+    ["--model", "swinv2_tiny", "--dtype", "bf16", "--batch-size", "64", "--repeats", "10", "--train"],
 ]
 
 

@@ -1,7 +1,8 @@
-"""Images per second of Swin-T at 224 pixels: this code, timm and torchvision, taking turns in one run.
+"""Images per second of Swin and SwinV2: this code, timm and torchvision, taking turns in one run.
 
-python benchmarks/throughput.py                        # inference, float32
+python benchmarks/throughput.py                        # Swin-T at 224 pixels, inference, float32
 python benchmarks/throughput.py --train --dtype bf16   # a training step, autocast
+python benchmarks/throughput.py --model swinv2_tiny    # SwinV2-T at 256 pixels, windows of 8
 
 Machines are shared and their clocks wander, so an absolute time says little: in each round every candidate runs once,
 in a new order, and what counts is the ratio of times within a round. The table and a JSON file go to
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -30,22 +32,55 @@ sys.path.insert(0, str(ROOT))
 import distributed  # noqa: E402 - a script outside the root
 from models.attention import ATTEND, set_attention_backend  # noqa: E402
 from models.swin_transformer import SwinTransformer  # noqa: E402
+from models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def ours(backend: str) -> nn.Module:
-    model = SwinTransformer(drop_path_rate=0.2)
+BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+V2 = {"img_size": 256, "window_size": 8}
+# Title, image size, how each library makes it. The drop path rates are torchvision's.
+MODELS: dict[str, tuple[str, int, dict[str, Callable[[], nn.Module]]]] = {
+    "swin_tiny": (
+        "Swin-T, 224 pixels",
+        224,
+        {
+            "ours": partial(SwinTransformer, drop_path_rate=0.2),
+            "timm": partial(timm.create_model, "swin_tiny_patch4_window7_224", drop_path_rate=0.2),
+            "torchvision": torchvision.models.swin_t,
+        },
+    ),
+    "swin_base": (
+        "Swin-B, 224 pixels",
+        224,
+        {
+            "ours": partial(SwinTransformer, **BASE, drop_path_rate=0.5),
+            "timm": partial(timm.create_model, "swin_base_patch4_window7_224", drop_path_rate=0.5),
+            "torchvision": torchvision.models.swin_b,
+        },
+    ),
+    "swinv2_tiny": (
+        "SwinV2-T, 256 pixels, windows of 8",
+        256,
+        {
+            "ours": partial(SwinTransformerV2, **V2, drop_path_rate=0.2),
+            "timm": partial(timm.create_model, "swinv2_tiny_window8_256", drop_path_rate=0.2),
+            "torchvision": torchvision.models.swin_v2_t,
+        },
+    ),
+}
+PEERS = ("timm", "torchvision")
+
+
+def with_backend(build: Callable[[], nn.Module], backend: str) -> nn.Module:
+    model = build()
     set_attention_backend(model, backend)
     return model
 
 
-CANDIDATES: dict[str, Callable[[], nn.Module]] = {
-    **{f"ours, {backend}": lambda backend=backend: ours(backend) for backend in ("auto", *ATTEND)},
-    "timm": lambda: timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.2),
-    "torchvision": lambda: torchvision.models.swin_t(),  # its stochastic depth is 0.2 too
-}
-PEERS = ("timm", "torchvision")
+def candidates(builders: dict[str, Callable[[], nn.Module]]) -> dict[str, nn.Module]:
+    ours = {f"ours, {backend}": with_backend(builders["ours"], backend) for backend in ("auto", *ATTEND)}
+    return {**ours, **{peer: builders[peer]() for peer in PEERS}}
 
 
 def make_pass(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, train: bool) -> Callable[[], None]:
@@ -120,7 +155,7 @@ def _cpu_info() -> list[str]:
 
 def table(rows: list[dict], facts: dict) -> str:
     lines = [
-        f"# Swin-T, 224 pixels, {facts['mode']}, {facts['dtype']}, batch {facts['batch']}",
+        f"# {facts['model']}, {facts['mode']}, {facts['dtype']}, batch {facts['batch']}",
         "",
         f"{facts['machine']}; {facts['versions']}; {facts['date']}; {facts['rounds']} interleaved rounds.",
         "",
@@ -138,6 +173,7 @@ def table(rows: list[dict], facts: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="swin_tiny")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--train", action="store_true", help="time training steps instead of inference")
@@ -147,10 +183,13 @@ def main() -> None:
     args = parser.parse_args()
 
     device = distributed.pick_device()
-    images = torch.randn(args.batch_size, 3, 224, 224, device=device)
-    passes = {name: make_pass(build(), images, DTYPES[args.dtype], args.train) for name, build in CANDIDATES.items()}
+    title, size, builders = MODELS[args.model]
+    images = torch.randn(args.batch_size, 3, size, size, device=device)
+    models = candidates(builders)
+    passes = {name: make_pass(model, images, DTYPES[args.dtype], args.train) for name, model in models.items()}
     rows = summarise(measure(passes, device, args.rounds, args.repeats), args.batch_size)
     facts = {
+        "model": title,
         "mode": "training step" if args.train else "inference",
         "dtype": args.dtype,
         "batch": args.batch_size,
@@ -160,7 +199,8 @@ def main() -> None:
         "rounds": args.rounds,
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = f"throughput-{device.type}-{'train' if args.train else 'inference'}-{args.dtype}-b{args.batch_size}"
+    mode = "train" if args.train else "inference"
+    stem = f"throughput-{args.model}-{device.type}-{mode}-{args.dtype}-b{args.batch_size}"
     (args.output / f"{stem}.md").write_text(table(rows, facts))
     (args.output / f"{stem}.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     sys.stdout.write(table(rows, facts))
