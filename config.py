@@ -182,6 +182,9 @@ CHOICES = {
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
 }
 
+# DATA.DATASET: classes of a model whose data is not at hand, as under --throughput. Others have MODEL.NUM_CLASSES.
+OFFICIAL_CLASSES = {"imagenet22K": 21841}
+
 # Keys that take one number for both sides, or [height, width].
 KINDS = ("SWIN", "SWINV2", "SWIN_MLP", "SWIN_MOE")
 PAIRS = {"DATA.IMG_SIZE", *(f"MODEL.{kind}.{key}" for kind in KINDS for key in ("PATCH_SIZE", "WINDOW_SIZE"))}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ from meters import EpochMeters, write_scalars
 from models.attention import resolve_backend
 from optimizer import build_optimizer
 
+# Newer releases of PyTorch have another name for it. Our buffers never change.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 ComputeLoss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -72,7 +79,7 @@ class Run:
         if distributed.world_size() > 1:
             devices = None if self.session.device.type == "cpu" else [self.session.device.index]
             self.replica = DistributedDataParallel(
-                self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model, device_ids=devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False}
             )
 
     @property

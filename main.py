@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import engine
 import launch
 import utils
+from config import OFFICIAL_CLASSES
 from data import build_loader
-from data.build import OFFICIAL_CLASSES
 from models import build_model
 
 

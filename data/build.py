@@ -18,7 +18,6 @@ from .samplers import EvalSampler, TrainSampler
 from .transforms import build_transform
 
 DATASETS = ("imagenet",)
-OFFICIAL_CLASSES = {"imagenet22K": 21841}  # of a model whose data is not at hand, as under --throughput
 
 
 def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -> tuple:
