@@ -137,7 +137,8 @@ def prepare(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, T
     """q and k as they are multiplied: themselves, or of unit length for cosine attention, q times its scale."""
     if logit_scale is None:
         return q, k
-    return (F.normalize(q, dim=-1) * logit_scale).to(q.dtype), F.normalize(k, dim=-1).to(k.dtype)
+    eps = max(1e-12, torch.finfo(q.dtype).tiny)  # in float16 the usual 1e-12 is 0, and padding would be 0 / 0
+    return (F.normalize(q, dim=-1, eps=eps) * logit_scale).to(q.dtype), F.normalize(k, dim=-1, eps=eps)
 
 
 def pad_map(x: Tensor, resolution: tuple[int, int]) -> Tensor:

@@ -289,3 +289,45 @@ def test_gradient_checkpointing_on_padded_maps_changes_nothing(family):
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", attention.ATTEND)
+def test_half_precision_stays_near_float32_on_padded_maps(family, dtype, backend):
+    images = torch.randn(2, 3, 30, 45)
+    expected, model = logits_of(small(family, pad_maps=True), images), small(family, pad_maps=True)
+    attention.set_attention_backend(model, backend)
+    with torch.autocast("cpu", dtype):
+        out = model(images)
+        out = out[0] if isinstance(out, tuple) else out
+    out.float().square().sum().backward()
+    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.gpu
+@every_family
+@pytest.mark.parametrize("backend", ["auto", *attention.ATTEND])
+@pytest.mark.parametrize("shape", [(32, 32), (30, 45)])
+def test_the_accelerator_agrees_with_the_cpu(family, backend, shape):
+    """Maps that are padded and that are not, in float32, with gradients; half precision stays finite."""
+    device = torch.accelerator.current_accelerator()
+    ours, theirs = (small(family, pad_maps=True) for _ in range(2))
+    theirs.to(device)
+    attention.set_attention_backend(theirs, backend)
+    images, results = torch.randn(2, 3, *shape), []
+    for model in (ours, theirs):
+        out = model(images.to(next(model.parameters()).device))
+        out = out[0] if isinstance(out, tuple) else out
+        out.square().sum().backward()
+        results.append([out.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    for dtype in (torch.bfloat16, torch.float16):
+        theirs.zero_grad()
+        with torch.autocast(device.type, dtype):
+            out = theirs(images.to(device))
+            out = out[0] if isinstance(out, tuple) else out
+        out.float().square().sum().backward()
+        assert out.isfinite().all() and all(p.grad.isfinite().all() for p in theirs.parameters())
