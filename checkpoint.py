@@ -77,9 +77,12 @@ def compare(state: State, expected: State) -> Mismatch:
 def strict_state(state: State, expected: State) -> dict[str, Tensor]:
     """``state`` for a model of exactly these weights, with rebuilt buffers from ``expected``.
 
-    Raises `WeightsError` where any other name or shape differs.
+    Raises `WeightsError` where any other name or shape differs, or a table is of other windows.
     """
     mismatch = compare(state, expected)
+    for name, index in _indices(state).items():
+        if name in expected and _table_of(name) in expected and window_of(index) != window_of(expected[name]):
+            mismatch.shapes.append(f"{_table_of(name)}: {_windows(index)} in the file, {_windows(expected[name])} here")
     if mismatch:
         raise WeightsError(mismatch)
     return {name: value if is_rebuilt(name) else state[name] for name, value in expected.items()}
@@ -89,6 +92,7 @@ def pretrained_state(
     state: State,
     expected: State,
     rows_22k_to_1k: Sequence[int] | None = None,
+    old_resolution: Size | None = None,
     resolution: Size | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` made to fit a model of other sizes (official ``load_pretrained``, and more).
@@ -97,44 +101,73 @@ def pretrained_state(
     21,841-class head becomes a 1,000-class one by the given rows; another head that does not fit is set to zero.
 
     Args:
-        resolution: (H, W) of the model's first map, where it is not square.
+        old_resolution, resolution: (H, W) of the first map, of the file's model and of this one, for the position
+            embedding; square if None.
 
     Returns:
         The state dict, complete for ``expected``, and a note for each thing that was changed.
 
     Raises:
         WeightsError: where anything else does not fit.
+        ValueError: for positions whose sides cannot be known.
     """
-    windows = {name: window_of(value) for name, value in state.items() if name.endswith("relative_position_index")}
-    state, notes = released_names({name: value for name, value in state.items() if not is_rebuilt(name)})
+    state, notes = released_names(state, expected)
+    indices = _indices(state)
+    state = {name: value for name, value in state.items() if not is_rebuilt(name)}
     for name, value in list(state.items()):
         target = expected.get(name)
-        if target is None or target.shape == value.shape:
+        if target is None:
             continue
         if name.endswith("relative_position_bias_table") and target.shape[1] == value.shape[1]:
             index = name.replace("bias_table", "index")
-            old = windows.get(index) or _square(value.shape[0], lambda side: 2 * side - 1)
-            state[name] = resize_bias_table(value, old, window_of(expected[index]))
+            old = window_of(indices[index]) if index in indices else _square(value.shape[0], lambda side: 2 * side - 1)
+            fitted = resize_bias_table(value, old, window_of(expected[index]))
         elif name.endswith("absolute_pos_embed") and target.shape[2] == value.shape[2]:
-            new = resolution or _square(target.shape[1])
-            state[name] = resize_position_embedding(value, _square(value.shape[1]), new)
+            grids = (grid or _square(x.shape[1]) for grid, x in ((old_resolution, value), (resolution, target)))
+            fitted = resize_position_embedding(value, *grids)
         elif name == "patch_embed.proj.weight" and target.shape[0::2] == value.shape[0::2]:
-            state[name] = adapt_channels(value, target.shape[1])
+            fitted = adapt_channels(value, target.shape[1])
         else:
             continue
-        notes.append(f"{name}: from {_shape(value)} to {_shape(target)}")
+        if fitted is not value:
+            state[name] = fitted
+            notes.append(f"{name}: from {_shape(value)} to {_shape(target)}")
     notes += _fit_head(state, expected, rows_22k_to_1k)
     return strict_state(state, expected), notes
 
 
-def released_names(state: State) -> tuple[dict[str, Tensor], list[str]]:
-    """The names of released files as the models have them, and a note for each thing that was left out.
+def other_coordinates(state: State, expected: State) -> bool:
+    """Whether SwinV2's coordinates in the file, of the same windows, have another scale: another pre-trained window."""
+    return any(
+        name.endswith("relative_coords_table")
+        and name in expected
+        and expected[name].shape == value.shape
+        and not torch.allclose(expected[name].float().cpu(), value.float(), atol=1e-3)
+        for name, value in state.items()
+    )
+
+
+def _indices(state: State) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.endswith("relative_position_index")}
+
+
+def _table_of(index_name: str) -> str:
+    return index_name.replace("relative_position_index", "relative_position_bias_table")
+
+
+def _windows(index: Tensor) -> str:
+    return "windows of {}x{}".format(*window_of(index))
+
+
+def released_names(state: State, expected: State) -> tuple[dict[str, Tensor], list[str]]:
+    """The names of released files as the expected model has them, and a note for each thing that was left out.
 
     SimMIM's pre-training files hold the backbone under ``encoder.``, beside a decoder and a mask token; early SwinV2
     files say ``rpe_mlp`` for ``cpb_mlp``.
     """
     notes, kept = [], dict(state)
-    if any(name.startswith("encoder.") for name in state):
+    whole = any(name.startswith("encoder.") for name in expected)  # SimMIM's own model
+    if not whole and any(name.startswith("encoder.") for name in state):
         kept = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
         left_out = [name for name in state if not name.startswith("encoder.")]
         if "mask_token" in kept:
@@ -145,14 +178,16 @@ def released_names(state: State) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
-    """The first convolution (embed_dim, C, h, w) for images of another number of channels.
+    """The first convolution (embed_dim, C, h, w) for images of another number of channels; itself for the same.
 
     To one channel: summed, as for a grey image given to every channel. To others: repeated in turn, and scaled by C /
     in_chans so that the output keeps its size.
     """
+    channels = weight.shape[1]
+    if channels == in_chans:
+        return weight
     if in_chans == 1:
         return weight.sum(1, keepdim=True)
-    channels = weight.shape[1]
     return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
@@ -236,6 +271,8 @@ def resize_position_embedding(embedding: Tensor, old: Size, new: Size) -> Tensor
     Args:
         old, new: (H, W) of the maps.
     """
+    if old == new:
+        return embedding
     grid = embedding.unflatten(1, old).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).flatten(1, 2)
@@ -245,8 +282,9 @@ def window_of(index: Tensor) -> Size:
     """(height, width) of the window whose ``relative_position_index`` (N, N) this is."""
     from_first = (index[:, 0] - index[0, 0]).tolist()  # 0, 1, ..., w - 1, then 2w - 1 where the next row begins
     count = len(from_first)
+    # A single column has the numbers, and the table, of a single row, and is taken for one.
     width = next((i for i, step in enumerate(from_first) if i > 1 and step == 2 * i - 1), count)
-    return count // width, width  # a single column has the numbers, and the table, of a single row
+    return count // width, width
 
 
 def _square(count: int, rows: Callable[[int], int] = lambda side: side) -> Size:

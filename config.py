@@ -315,12 +315,14 @@ def _coerce(value: Any, default: Any, where: str, may_be_pair: bool = False) -> 
     if value is None and (isinstance(default, str) or where.endswith(".CLIP_GRAD")):
         return "" if isinstance(default, str) else None
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
-        return type(default)(_coerce(item, default[0], where) if default else item for item in value)
+        pairs = where.endswith("PRETRAINED_WINDOW_SIZES")
+        return type(default)(_coerce(item, default[0], where, pairs) if default else item for item in value)
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # TAG 1 is a fine tag
     if default is None or type(value) is type(default):
         return value
-    raise ValueError(f"{where}={value!r} is of type {type(value).__name__}, expected {type(default).__name__}")
+    expected = "int or [height, width]" if may_be_pair else type(default).__name__
+    raise ValueError(f"{where}={value!r} is of type {type(value).__name__}, expected {expected}")
 
 
 def _check(config: CfgNode) -> None:

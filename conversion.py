@@ -435,8 +435,12 @@ def _pretrained_windows(official: State) -> list[str]:
         coords = official.get(f"layers.{i}.blocks.0.attn.relative_coords_table")
         if coords is None:
             return []
-        window = (coords.shape[1] + 1) // 2
-        last = 2 ** (3 * coords[0, -1, 0, 0].item()) - 1  # 8 (window - 1) / (pretrained - 1)
-        windows.append(window)
-        pretrained.append(round(8 * (window - 1) / last) + 1 if last > 0 else window)
-    return [f"the model needs pretrained_window_sizes={pretrained}"] if pretrained != windows else []
+        lasts = coords[0, -1, -1].tolist()  # of height and width: log2(1 + 8 (window - 1) / (pretrained - 1)) / 3
+        sides = [(side + 1) // 2 for side in coords.shape[1:3]]
+        windows.append(sides)
+        scales = [2 ** (3 * last) - 1 for last in lasts]
+        pretrained.append([round(8 * (w - 1) / s) + 1 if s > 0 else w for w, s in zip(sides, scales, strict=True)])
+    if pretrained == windows:
+        return []
+    plain = [h if h == w else [h, w] for h, w in pretrained]
+    return [f"the model needs pretrained_window_sizes={plain}"]

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import distributed
-from checkpoint import State, WeightsError, pretrained_state, released_names, strict_state
+from checkpoint import WeightsError, other_coordinates, pretrained_state, released_names, strict_state
 from config import to_dict
+from models.layers import patches_of
 from optimizer import load_optimizer_state
 
 # What official checkpoints pickle besides tensors: a yacs config, read here as a plain dict, and NumPy scalars.
@@ -67,11 +69,14 @@ def resume(
     logger.info(f"==============> Resuming form {path}....................")  # sic: people parse it
     saved = read_checkpoint(path)
     weights = saved.pop("model")
+    with _named(path, logger):
+        expected = model.state_dict()
+        if other_coordinates(weights, expected):
+            raise ValueError("its SwinV2 coordinates are of other MODEL.SWINV2.PRETRAINED_WINDOW_SIZES; give those")
+        if not config.EVAL_MODE:
+            model.load_state_dict(strict_state(released_names(weights, expected)[0], expected))
     if config.EVAL_MODE:
-        _load_weights(config, model, weights, path, logger)
-    else:
-        with _named(path, logger):
-            model.load_state_dict(strict_state(released_names(weights)[0], model.state_dict()))
+        _load_weights(config, model, {**saved, "model": weights}, path, logger)
     if config.EVAL_MODE or optimizer is None or "optimizer" not in saved or "epoch" not in saved:
         return saved
     try:
@@ -97,22 +102,39 @@ def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger) -> No
     """
     path = config.MODEL.PRETRAINED
     logger.info(f"==============> Loading weight {path} for fine-tuning......")
-    _load_weights(config, model, read_checkpoint(path)["model"], path, logger)
+    _load_weights(config, model, read_checkpoint(path), path, logger)
     logger.info(f"=> loaded successfully '{path}'")
 
 
-def _load_weights(config: Any, model: nn.Module, weights: State, path: str, logger: logging.Logger) -> None:
-    """Give ``model`` these weights, fitted to its sizes; log what was changed."""
+def _load_weights(config: Any, model: nn.Module, saved: dict, path: str, logger: logging.Logger) -> None:
+    """Give ``model`` the weights of a checkpoint, fitted to its sizes; log what was changed."""
     resolution = getattr(model, "patches_resolution", None)
     with _named(path, logger):
         state, notes = pretrained_state(
-            weights, model.state_dict(), rows_22k_to_1k(), None if resolution is None else tuple(resolution)
+            saved["model"],
+            model.state_dict(),
+            rows_22k_to_1k(),
+            _saved_resolution(saved.get("config")),
+            None if resolution is None else tuple(resolution),
         )
-        if config.EVAL_MODE and not state.get("head.weight", torch.ones(1)).any():
-            raise ValueError(f"{notes[-1]}, so there is nothing to evaluate")
+        lost_head = next((note for note in notes if note.endswith("set to zero")), None)
+        if config.EVAL_MODE and lost_head:
+            raise ValueError(f"{lost_head}, so there is nothing to evaluate")
         model.load_state_dict(state)
+    if other_coordinates(saved["model"], state):
+        notes.append("SwinV2's coordinates are those of MODEL.SWINV2.PRETRAINED_WINDOW_SIZES, not the file's")
     for note in notes:
         logger.info(note)
+
+
+def _saved_resolution(config: dict | None) -> tuple[int, int] | None:
+    """(H, W) of the first map of the model that a checkpoint was made with, if it says."""
+    try:
+        section = config["MODEL"][config["MODEL"]["TYPE"].upper()]
+        size, patch = config["DATA"]["IMG_SIZE"], section["PATCH_SIZE"]
+        return patches_of(to_2tuple(size), to_2tuple(patch), config["MODEL"].get("PAD_MAPS", False))
+    except (KeyError, TypeError):
+        return None
 
 
 @contextmanager

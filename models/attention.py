@@ -70,15 +70,21 @@ def check_backend(name: str) -> str:
     return name
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, windows: int = 1) -> str:
-    """What ``auto`` stands for on this device, for this dtype and number of windows in a batch."""
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, grid: int = 1) -> str:
+    """What ``auto`` stands for on this device, for this dtype and size of SDPA's batch or heads (`grid_size`)."""
     if name != "auto":
         return name
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and needs_grad:
         return "reference"  # SDPA's half-precision backward on CPU takes twice the time of plain products
-    if device.type == "cuda" and windows >= 65536:
+    if device.type == "cuda" and grid >= 65536:
         return "reference"  # the CUDA kernels' grids end there
     return "sdpa"
+
+
+def grid_size(q: Tensor, mask: Tensor | None) -> int:
+    """How large the batch or, with a mask, the heads get that `attend_sdpa` makes of (B, nW, nH, N, d)."""
+    B, nW, num_heads = q.shape[:3]
+    return B * nW if mask is None else nW * num_heads
 
 
 def window_attention(
@@ -109,7 +115,7 @@ def window_attention(
     """
     resolution, window = tuple(qkv.shape[1:3]), to_2tuple(window_size)
     q, k, v = windowed_qkv(qkv, num_heads, window, shift_size, logit_scale)
-    backend = resolve_backend(backend, qkv.device, qkv.dtype, torch.is_grad_enabled(), q.shape[0] * q.shape[1])
+    backend = resolve_backend(backend, qkv.device, qkv.dtype, torch.is_grad_enabled(), grid_size(q, mask))
     x = ATTEND[backend](q, k, v, bias, mask, scale, dropout_p)
     H, W = padded_resolution(resolution, window)
     x = _join_heads(x, H, W, *window)
@@ -137,7 +143,8 @@ def prepare(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, T
     """q and k as they are multiplied: themselves, or of unit length for cosine attention, q times its scale."""
     if logit_scale is None:
         return q, k
-    return (F.normalize(q, dim=-1) * logit_scale).to(q.dtype), F.normalize(k, dim=-1).to(k.dtype)
+    eps = max(1e-12, torch.finfo(q.dtype).tiny)  # in float16 the usual 1e-12 is 0, and padding would be 0 / 0
+    return (F.normalize(q, dim=-1, eps=eps) * logit_scale).to(q.dtype), F.normalize(k, dim=-1, eps=eps).to(k.dtype)
 
 
 def pad_map(x: Tensor, resolution: tuple[int, int]) -> Tensor:
@@ -255,7 +262,7 @@ class AttentionBase(nn.Module):
         qkv = self.packed_qkv(x).view(windows // kinds, kinds, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)  # each B, nW, nH, N, d
         q, k = prepare(q, k, self.cosine_scale())
-        backend = resolve_backend(self.backend, q.device, q.dtype, torch.is_grad_enabled(), windows)
+        backend = resolve_backend(self.backend, q.device, q.dtype, torch.is_grad_enabled(), grid_size(q, mask))
         x = ATTEND[backend](q, k, v, self.position_bias(), mask, self.scale, self.dropout_p)
         return self.proj_drop(self.proj(x.transpose(2, 3).reshape(windows, N, C)))
 

@@ -72,19 +72,20 @@ class Block(nn.Module):
         if not self.pad_maps:
             check_window(self.input_resolution, self.window_size)
 
-    def set_input_size(self, resolution: Resolution, window_size: Pair | None = None) -> None:
-        """Take maps of another resolution, in windows of another size."""
-        if window_size is not None:
-            shifted = self._wanted[1] != 0
-            self._wanted = window_size, half_window(window_size) if shifted else 0
+    def set_input_size(
+        self, resolution: Resolution, window_size: Pair | None = None, shift_size: Pair | None = None
+    ) -> None:
+        """Take maps of another resolution, in windows of another size; None keeps what is."""
+        window, shift = self._wanted
+        self._wanted = as_pair(window_size or window), shift if shift_size is None else as_pair(shift_size)
         self._fit(resolution)
 
     def shift_for(self, resolution: Resolution) -> Pair:
         """The shift on a map of ``resolution`` in windows of this block."""
         if resolution == self.input_resolution:
             return self.shift_size
-        windows, shifts = (to_2tuple(value) for value in (self.window_size, self._wanted[1]))
-        shifts = [s if s < w else w // 2 for w, s in zip(windows, shifts, strict=True)]  # the window may have shrunk
+        shifts = self._wanted[1] if self.window_size == self._wanted[0] else half_window(self.window_size)
+        windows, shifts = to_2tuple(self.window_size), to_2tuple(shifts if self._wanted[1] else 0)
         if isinstance(self.window_size, int):
             return 0 if min(resolution) <= self.window_size else shifts[0]
         return tuple(0 if side <= w else s for side, w, s in zip(resolution, windows, shifts, strict=True))
@@ -104,6 +105,8 @@ class Block(nn.Module):
     def resolve(self, x: Tensor, resolution: Resolution | None) -> Resolution:
         resolution = resolution or self.input_resolution
         check_tokens(x.shape[1], resolution)
+        if not self.pad_maps and resolution != self.input_resolution:
+            check_window(resolution, self.window_size)
         return resolution
 
     def extra_repr(self) -> str:
@@ -153,22 +156,24 @@ class AttentionBlock(Block):
         self.mlp = make_mlp(int(dim * mlp_ratio))
         self.register_buffer("attn_mask", window_mask(self.input_resolution, self.window_size, self.shift_size))
 
-    def set_input_size(self, resolution: Resolution, window_size: Pair | None = None) -> None:
-        super().set_input_size(resolution, window_size)
+    def set_input_size(
+        self, resolution: Resolution, window_size: Pair | None = None, shift_size: Pair | None = None
+    ) -> None:
+        super().set_input_size(resolution, window_size, shift_size)
         self.attn.set_window_size(self.window_size)
         mask = window_mask(self.input_resolution, self.window_size, self.shift_size)
-        self.attn_mask = mask if mask is None else mask.to(self.attn.relative_position_index.device)
+        self.attn_mask = mask if mask is None else mask.to(self.attn.proj.weight)
 
     def mask_for(self, resolution: Resolution) -> Tensor | None:
         """The `window_mask` of a map of ``resolution``."""
         if resolution == self.input_resolution:
             return self.attn_mask
         geometry = resolution, self.window_size, self.shift_for(resolution)
-        device = self.attn.relative_position_index.device
+        weight = self.attn.proj.weight
         if torch.compiler.is_compiling():  # a tracer's fake tensor must not stay in the cache
             mask = window_mask(*geometry)
-            return mask if mask is None else mask.to(device)
-        return _cached_mask(*geometry, device)
+            return mask if mask is None else mask.to(weight)
+        return _cached_mask(*geometry, weight.device, weight.dtype)
 
     def mix_tokens(self, x: Tensor, resolution: Resolution) -> Tensor:
         B, L, C = x.shape
@@ -180,19 +185,21 @@ class AttentionBlock(Block):
         return self.num_windows() * self.attn.flops(h * w)
 
 
-@lru_cache(maxsize=64)
-def _cached_mask(resolution: Resolution, window_size: Pair, shift_size: Pair, device: torch.device) -> Tensor | None:
+@lru_cache(maxsize=16)  # those of four stages for two sizes: masks of large maps take megabytes
+def _cached_mask(
+    resolution: Resolution, window_size: Pair, shift_size: Pair, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
     """`window_mask` of maps whose size changes from batch to batch; all blocks of a stage share two of them."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), device:
         mask = window_mask(resolution, window_size, shift_size)
-        return mask if mask is None else mask.to(device)
+        return mask if mask is None else mask.to(dtype)
 
 
 class Stage(nn.Module):
     """Blocks on maps of one resolution, then, but for the last stage, a layer that merges patches.
 
     Args:
-        make_block: called with the block's number, its shift and its drop path rate.
+        make_block: called with a block's ``shift_size`` and ``drop_path``.
     """
 
     def __init__(
@@ -202,7 +209,7 @@ class Stage(nn.Module):
         depth: int,
         window_size: Pair,
         drop_path: float | Sequence[float],
-        make_block: Callable[[int, Pair, float], nn.Module],
+        make_block: Callable[..., nn.Module],
         downsample: Callable[..., nn.Module] | None,
         norm_layer: Callable[[int], nn.Module],
         use_checkpoint: bool,
@@ -212,17 +219,23 @@ class Stage(nn.Module):
         self.input_resolution = tuple(input_resolution)
         self.depth = depth
         self.use_checkpoint = use_checkpoint
-        shifts = [0 if i % 2 == 0 else half_window(window_size) for i in range(depth)]
         rates = drop_path if isinstance(drop_path, Sequence) else [drop_path] * depth
-        self.blocks = nn.ModuleList(make_block(i, shifts[i], rates[i]) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            make_block(shift_size=self._shift(i, window_size), drop_path=rates[i]) for i in range(depth)
+        )
         self.downsample = None
         if downsample is not None:
             self.downsample = downsample(input_resolution, dim=dim, norm_layer=norm_layer)
 
+    @staticmethod
+    def _shift(i: int, window_size: Pair) -> Pair:
+        """Windows of every second block are shifted (paper, section 3.2)."""
+        return 0 if i % 2 == 0 else half_window(as_pair(window_size))
+
     def set_input_size(self, resolution: Resolution, window_size: Pair | None = None) -> None:
         self.input_resolution = tuple(resolution)
-        for block in self.blocks:
-            block.set_input_size(resolution, window_size)
+        for i, block in enumerate(self.blocks):
+            block.set_input_size(resolution, window_size, None if window_size is None else self._shift(i, window_size))
         if self.downsample is not None:
             self.downsample.input_resolution = self.input_resolution
 
@@ -354,14 +367,14 @@ class Backbone(Features, nn.Module):
         """Take images of another size, or cut maps into windows of another size; None keeps what is.
 
         What was learnt of positions is resized as for a checkpoint of other sizes. Parameters may be replaced, so make
-        the optimizer afterwards.
+        the optimizer, and wrap the model in DDP or compile it, afterwards.
 
         Raises ``ValueError`` where the sizes do not fit, and changes nothing then.
         """
         img_size = self.patch_embed.img_size if img_size is None else as_pair(img_size)
         window_size = self.window_size if window_size is None else as_pair(window_size)
-        check_input_size(img_size, self.patch_embed.patch_size, window_size, self.num_layers, self.pad_maps)
         self._check_window_change(img_size, window_size)
+        check_input_size(img_size, self.patch_embed.patch_size, window_size, self.num_layers, self.pad_maps)
         old = tuple(self.patches_resolution)
         self.window_size = window_size
         self.patch_embed.set_input_size(img_size)
@@ -382,8 +395,9 @@ class Backbone(Features, nn.Module):
 
         With a mask (B, H, W), patches are hidden where it is 1 (`simmim`).
         """
-        resolution = self.patch_embed.resolution_of(tuple(x.shape[2:]))
+        size = tuple(x.shape[2:])
         x = self.patch_embed(x)
+        resolution = self.patch_embed.resolution_of(size)
         if mask is not None:
             x = self.hide(x, mask)
         return self.pos_drop(self.add_positions(x, resolution)), resolution
@@ -428,7 +442,7 @@ class Backbone(Features, nn.Module):
         """
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool={global_pool!r}; these models pool by the mean: 'avg'")
-        place = next(self.norm.parameters())
+        place = self.patch_embed.proj.weight
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head.apply(self._init_weights)

@@ -74,15 +74,21 @@ class Features:
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps of these stages do not need, for good. Returns the stages' numbers."""
+        """Remove what the maps of these stages do not need, for good. Returns the stages' numbers, ascending.
+
+        Where the last stage is removed, a norm or head that stays is a new one of the width that is left.
+        """
         wanted = take_indices(len(self.layers), indices)
         self.layers = self.layers[: max(wanted) + 1]
-        self.num_layers, self.num_features = len(self.layers), self.layers[-1].dim
+        self.num_layers, width = len(self.layers), self.num_features
+        self.num_features = self.layers[-1].dim
         self.layers[-1].downsample = None
         if prune_norm:
             self.norm = nn.Identity()
-        if prune_head:
-            self.num_classes, self.head = 0, nn.Identity()
+        elif self.num_features != width:
+            self.norm = self.norm_layer(self.num_features).to(self.patch_embed.proj.weight)
+        if prune_head or self.num_features != width:
+            self.reset_classifier(0 if prune_head else self.num_classes)
         return wanted
 
     def as_feature_backbone(self, out_indices: int | Sequence[int] | None = None, norms: bool = True) -> nn.Module:
@@ -92,11 +98,12 @@ class Features:
         and final norm are gone; with ``norms`` each map has a new layer norm, ``norm0``, ``norm1``, …, as in the
         official detection code. `feature_info` tells channels and reduction of all stages.
         """
-        self.out_indices = tuple(sorted(self.prune_intermediate_layers(out_indices, prune_norm=True)))
-        place = next(self.parameters())
+        for i in self.out_indices:  # of an earlier call
+            delattr(self, f"norm{i}")
+        self.out_indices = tuple(self.prune_intermediate_layers(out_indices, prune_norm=True))
         for i in self.out_indices:
             layer = self.norm_layer(self.layers[i].dim) if norms else nn.Identity()
-            setattr(self, f"norm{i}", layer.to(place.device, place.dtype))
+            setattr(self, f"norm{i}", layer.to(self.patch_embed.proj.weight))
         return self
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
@@ -108,7 +115,7 @@ class Features:
     def attention_maps(self, x: Tensor, stage: int, block: int, query: tuple[int, int] | None = None) -> Tensor:
         """How much tokens attend to each other in a block, laid out on its map: no windows, no shift, no padding.
 
-        Tokens that share no window do not see each other: there the map is 0.
+        Tokens that share no window do not see each other: there the map is 0. Nothing is dropped, as in evaluation.
 
         Args:
             x: images (B, in_chans, height, width).
@@ -123,11 +130,15 @@ class Features:
         attention = self._attention(stage, block)
         seen = []
         hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        training = {module: module.training for module in self.modules()}
+        self.eval()
         try:
             with torch.no_grad():
                 self.forward_intermediates(x, [stage], intermediates_only=True)
         finally:
             hook.remove()
+            for module, mode in training.items():
+                module.training = mode
         maps, mask, shift = seen[0]
         places = window_places(tuple(maps.shape[1:3]), attention.window_size, to_2tuple(shift)).to(x.device)
         return unwindow(attention.weights(maps, mask, shift), places, tuple(maps.shape[1:3]), query)
@@ -143,17 +154,16 @@ class Features:
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Numbers of stages, as `Features.forward_intermediates` takes them, from 0 to ``count`` - 1.
+    """Numbers of stages, as `Features.forward_intermediates` takes them, from 0 to ``count`` - 1, ascending.
 
     Raises ``ValueError`` for stages that are not there.
     """
-    if indices is None:
-        indices = count
-    if isinstance(indices, int):
-        indices = range(-indices, 0)
-    if not indices or not all(-count <= i < count for i in indices):
-        raise ValueError(f"stages {list(indices)}: choose from 0 to {count - 1}, or {-count} to -1 from the end")
-    return [i % count for i in indices]
+    if isinstance(indices, int) and not 1 <= indices <= count:
+        raise ValueError(f"the last {indices} stages: choose from 1 to {count}")
+    chosen = range(-(indices or count), 0) if indices is None or isinstance(indices, int) else list(indices)
+    if not chosen or not all(-count <= i < count for i in chosen):
+        raise ValueError(f"stages {list(chosen)}: choose from 0 to {count - 1}, or {-count} to -1 from the end")
+    return sorted({i % count for i in chosen})
 
 
 def window_places(resolution: tuple[int, int], window_size: tuple[int, int], shift_size: tuple[int, int]) -> Tensor:

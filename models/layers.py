@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -117,7 +118,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to tokens (B, L, embed_dim)."""
         height, width = self.img_size
-        if x.shape[1] != self.in_chans or (not self.pad_maps and x.shape[2:] != (height, width)):
+        if x.ndim != 4 or x.shape[1] != self.in_chans or (not self.pad_maps and x.shape[2:] != (height, width)):
             raise ValueError(
                 f"the model takes images of {self.in_chans}x{height}x{width}, not of "
                 f"{'x'.join(map(str, x.shape[1:]))}; change them, call set_input_size, or build the model with "
@@ -338,8 +339,12 @@ def half_window(window_size: Pair) -> Pair:
 
 
 def as_pair(value: Pair) -> Pair:
-    """Sizes from files come as lists: a number stays one, two numbers become a tuple."""
-    return value if isinstance(value, int) else to_2tuple(tuple(value))
+    """A size as a number or a tuple of two; configurations hold lists. Raises ``ValueError`` for anything else."""
+    numbers = list(value) if isinstance(value, (list, tuple, torch.Size)) else [value]
+    if len(numbers) > 2 or not all(isinstance(number, Integral) for number in numbers):
+        raise ValueError(f"size {value!r} is neither a whole number nor (height, width)")
+    numbers = [int(number) for number in numbers]
+    return tuple(numbers) if len(numbers) == 2 else numbers[0]
 
 
 def check_window(resolution: tuple[int, int], window_size: Pair) -> None:
@@ -367,9 +372,9 @@ def check_input_size(img_size: Pair, patch_size: Pair, window_size: Pair, num_st
     sizes = range(patch[0], 2 * max(size) + 1, patch[0])
     good = [s for s in sizes if _input_size_problem((s, s), patch, window_size, num_stages) is None]
     nearest = sorted(sorted(good, key=lambda s: abs(s - max(size)))[:3])
+    advice = f"sizes near it that work: {nearest}; or " if nearest else ""
     raise ValueError(
-        f"img_size={img_size} (DATA.IMG_SIZE): {problem}; sizes near it that work: {nearest}; or pad_maps=True "
-        "(MODEL.PAD_MAPS), which takes any size"
+        f"img_size={img_size} (DATA.IMG_SIZE): {problem}; {advice}pad_maps=True (MODEL.PAD_MAPS) takes any size"
     )
 
 

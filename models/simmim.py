@@ -29,8 +29,13 @@ class MaskedEncoder:
         hidden = mask.flatten(1).unsqueeze(-1).to(x.dtype)  # B, L, 1
         return x * (1 - hidden) + self.mask_token * hidden
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Images (B, C, height, width) and a mask (B, H, W) of patches to the last map (B, num_features, H/8, W/8)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor | list[Tensor]:
+        """Images (B, C, height, width) and a mask (B, H, W) of patches to the last map (B, num_features, H/8, W/8).
+
+        Without a mask nothing is hidden.
+        """
+        if self.out_indices:
+            return self.forward_maps(x)
         x, resolution = self.run_stages(*self.embed(x, mask))
         return self.norm(x).transpose(1, 2).unflatten(2, resolution)
 
@@ -97,12 +102,10 @@ class SimMIM(nn.Module):
 def norm_targets(targets: Tensor, patch_size: int) -> Tensor:
     """Each pixel normalised by mean and deviation of the window of side ``patch_size`` around it, within the image.
 
-    Raises ``ValueError`` for an even side.
+    Raises ``ValueError`` for a side that is even, or 1.
     """
-    if patch_size % 2 == 0:
-        raise ValueError(
-            f"patch_size={patch_size} (MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE) must be odd, so that it has a middle"
-        )
+    if patch_size % 2 == 0 or patch_size < 3:
+        raise ValueError(f"patch_size={patch_size} (MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE) must be odd and at least 3")
 
     def window_mean(x: Tensor, of_whole_window: bool = False) -> Tensor:
         return F.avg_pool2d(x, patch_size, stride=1, padding=patch_size // 2, count_include_pad=of_whole_window)
@@ -119,6 +122,14 @@ def build_simmim(config: Any) -> SimMIM:
     if kind not in ENCODERS:
         raise ValueError(f"MODEL.TYPE={kind!r} cannot be pre-trained by SimMIM; choose from {sorted(ENCODERS)}")
     section = config.MODEL[kind.upper()]
+    if not isinstance(section.PATCH_SIZE, int):
+        raise ValueError(
+            f"MODEL.{kind.upper()}.PATCH_SIZE={section.PATCH_SIZE}: SimMIM's patches are square; give one number"
+        )
+    if config.MODEL.PAD_MAPS:
+        raise ValueError(
+            "MODEL.PAD_MAPS=True: SimMIM reconstructs whole patches; choose a DATA.IMG_SIZE that needs no padding"
+        )
     encoder = ENCODERS[kind](**{**model_arguments(config), "num_classes": 0})
     stride = section.PATCH_SIZE * 2 ** (len(section.DEPTHS) - 1)
     return SimMIM(config.MODEL.SIMMIM, encoder, stride, section.IN_CHANS, section.PATCH_SIZE)

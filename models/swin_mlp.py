@@ -5,6 +5,7 @@ B batch, H x W a map, L tokens, N tokens per window, nH heads of d = C / nH chan
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from timm.layers import to_2tuple
@@ -86,9 +87,11 @@ class SwinMLPBlock(Block):
         after = [p - c for p, c in zip(padded_resolution(covered, window), covered, strict=True)]
         return before[0], before[1], after[0], after[1]
 
-    def set_input_size(self, resolution: tuple[int, int], window_size: Pair | None = None) -> None:
+    def set_input_size(
+        self, resolution: tuple[int, int], window_size: Pair | None = None, shift_size: Pair | None = None
+    ) -> None:
         built = to_2tuple(self.window_size)
-        super().set_input_size(resolution, window_size)
+        super().set_input_size(resolution, window_size, shift_size)
         assert to_2tuple(self.window_size) == built  # the model has checked it
 
     def mixing_flops(self) -> float:
@@ -116,19 +119,17 @@ class BasicLayer(Stage):
         use_checkpoint: bool = False,
         pad_maps: bool = False,
     ):
-        def make_block(i: int, shift_size: Pair, drop_path: float) -> SwinMLPBlock:
-            return SwinMLPBlock(
-                dim,
-                input_resolution,
-                num_heads,
-                window_size,
-                shift_size,
-                mlp_ratio=mlp_ratio,
-                drop=drop,
-                drop_path=drop_path,
-                norm_layer=norm_layer,
-                pad_maps=pad_maps,
-            )
+        make_block = partial(
+            SwinMLPBlock,
+            dim,
+            input_resolution,
+            num_heads,
+            window_size,
+            mlp_ratio=mlp_ratio,
+            drop=drop,
+            norm_layer=norm_layer,
+            pad_maps=pad_maps,
+        )
 
         super().__init__(
             dim, input_resolution, depth, window_size, drop_path, make_block, downsample, norm_layer, use_checkpoint

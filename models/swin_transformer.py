@@ -123,23 +123,21 @@ class BasicLayer(Stage):
         fused_window_process: bool = False,
         pad_maps: bool = False,
     ):
-        def make_block(i: int, shift_size: Pair, drop_path: float) -> SwinTransformerBlock:
-            return SwinTransformerBlock(
-                dim,
-                input_resolution,
-                num_heads,
-                window_size,
-                shift_size,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                drop=drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path,
-                norm_layer=norm_layer,
-                fused_window_process=fused_window_process,
-                pad_maps=pad_maps,
-            )
+        make_block = partial(
+            SwinTransformerBlock,
+            dim,
+            input_resolution,
+            num_heads,
+            window_size,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop,
+            attn_drop=attn_drop,
+            norm_layer=norm_layer,
+            fused_window_process=fused_window_process,
+            pad_maps=pad_maps,
+        )
 
         super().__init__(
             dim, input_resolution, depth, window_size, drop_path, make_block, downsample, norm_layer, use_checkpoint

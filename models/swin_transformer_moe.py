@@ -59,6 +59,8 @@ class SwinTransformerBlock(AttentionBlock):
     Args:
         input_resolution: (H, W) of the map.
         mlp_fc2_bias: whether the MLP's second layer has a bias.
+        pretrained_window_size: of the window that weights were trained with, if not this one; 0 says this one.
+        is_moe: has experts; those and all that follow, but for ``pad_maps``, are not in this version.
         pad_maps: take maps of any size, padded to whole windows.
     """
 
@@ -78,9 +80,23 @@ class SwinTransformerBlock(AttentionBlock):
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         mlp_fc2_bias: bool = True,
+        init_std: float = 0.02,
         pretrained_window_size: Pair = 0,
+        is_moe: bool = False,
+        num_local_experts: int = 1,
+        top_value: int = 1,
+        capacity_factor: float = 1.25,
+        cosine_router: bool = False,
+        normalize_gate: bool = False,
+        use_bpr: bool = True,
+        is_gshard_loss: bool = True,
+        gate_noise: float = 1.0,
+        cosine_router_dim: int = 256,
+        cosine_router_init_t: float = 0.5,
+        moe_drop: float = 0.0,
         pad_maps: bool = False,
     ):
+        refuse_experts([[0]] if is_moe else [], "is_moe=True")
         super().__init__(
             *(dim, input_resolution, num_heads, window_size, shift_size, mlp_ratio, drop_path, norm_layer, pad_maps),
             make_attention=lambda window: WindowAttention(
@@ -109,28 +125,40 @@ class BasicLayer(Stage):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
         downsample: Callable[..., nn.Module] | None = None,
         mlp_fc2_bias: bool = True,
+        init_std: float = 0.02,
         use_checkpoint: bool = False,
         pretrained_window_size: Pair = 0,
+        moe_block: Sequence[int] = (-1,),
+        num_local_experts: int = 1,
+        top_value: int = 1,
+        capacity_factor: float = 1.25,
+        cosine_router: bool = False,
+        normalize_gate: bool = False,
+        use_bpr: bool = True,
+        is_gshard_loss: bool = True,
+        cosine_router_dim: int = 256,
+        cosine_router_init_t: float = 0.5,
+        gate_noise: float = 1.0,
+        moe_drop: float = 0.0,
         pad_maps: bool = False,
     ):
-        def make_block(i: int, shift_size: Pair, drop_path: float) -> SwinTransformerBlock:
-            return SwinTransformerBlock(
-                dim,
-                input_resolution,
-                num_heads,
-                window_size,
-                shift_size,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                drop=drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path,
-                norm_layer=norm_layer,
-                mlp_fc2_bias=mlp_fc2_bias,
-                pretrained_window_size=pretrained_window_size,
-                pad_maps=pad_maps,
-            )
+        refuse_experts([moe_block], f"moe_block={list(moe_block)}")
+        make_block = partial(
+            SwinTransformerBlock,
+            dim,
+            input_resolution,
+            num_heads,
+            window_size,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop,
+            attn_drop=attn_drop,
+            norm_layer=norm_layer,
+            mlp_fc2_bias=mlp_fc2_bias,
+            pretrained_window_size=pretrained_window_size,
+            pad_maps=pad_maps,
+        )
 
         super().__init__(
             dim, input_resolution, depth, window_size, drop_path, make_block, downsample, norm_layer, use_checkpoint
@@ -195,11 +223,8 @@ class SwinTransformerMoE(Backbone):
         pad_maps: bool = False,
     ):
         check_window_sizes(pretrained_window_sizes, depths)
-        if any(block >= 0 for stage in moe_blocks for block in stage):
-            raise ValueError(
-                f"moe_blocks={[list(stage) for stage in moe_blocks]} (MODEL.SWIN_MOE.MOE_BLOCKS): layers of experts "
-                "are not in this version; [-1] for every stage is the dense model"
-            )
+        named = f"moe_blocks={[list(stage) for stage in moe_blocks]} (MODEL.SWIN_MOE.MOE_BLOCKS)"
+        refuse_experts(moe_blocks, named)
         layer = partial(
             BasicLayer, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop_rate, mlp_fc2_bias=mlp_fc2_bias
         )
@@ -232,3 +257,9 @@ class SwinTransformerMoE(Backbone):
             "cosine_projector",
             "sim_matrix",
         }
+
+
+def refuse_experts(moe_blocks: Sequence[Sequence[int]], named: str) -> None:
+    """Raise ``ValueError`` where blocks have experts: their layers are not in this version."""
+    if any(block >= 0 for stage in moe_blocks for block in stage):
+        raise ValueError(f"{named}: layers of experts are not in this version; [-1] for every stage is the dense model")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from .attention import AttentionBase
@@ -60,10 +61,8 @@ class ContinuousBias(AttentionBase):
 
     def fit_bias(self, window_size: tuple[int, int]) -> None:
         """The offsets keep their scale: as officially, the old window becomes the pre-trained one."""
-        trained = self.pretrained_window_size
-        if trained in (0, (0, 0), [0, 0]):
-            trained = self.window_size
-        self.pretrained_window_size = trained
+        pairs = zip(to_2tuple(self.pretrained_window_size), self.window_size, strict=True)
+        self.pretrained_window_size = trained = tuple(before or side for before, side in pairs)
         table = relative_coords_table(window_size, trained)
         self.relative_coords_table = table.to(self.relative_coords_table)
 
@@ -183,22 +182,20 @@ class BasicLayer(Stage):
         pretrained_window_size: Pair = 0,
         pad_maps: bool = False,
     ):
-        def make_block(i: int, shift_size: Pair, drop_path: float) -> SwinTransformerBlock:
-            return SwinTransformerBlock(
-                dim,
-                input_resolution,
-                num_heads,
-                window_size,
-                shift_size,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                drop=drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path,
-                norm_layer=norm_layer,
-                pretrained_window_size=pretrained_window_size,
-                pad_maps=pad_maps,
-            )
+        make_block = partial(
+            SwinTransformerBlock,
+            dim,
+            input_resolution,
+            num_heads,
+            window_size,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            drop=drop,
+            attn_drop=attn_drop,
+            norm_layer=norm_layer,
+            pretrained_window_size=pretrained_window_size,
+            pad_maps=pad_maps,
+        )
 
         super().__init__(
             dim, input_resolution, depth, window_size, drop_path, make_block, downsample, norm_layer, use_checkpoint

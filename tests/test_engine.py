@@ -322,8 +322,8 @@ def test_attention_backend_by_device_and_precision():
     assert resolve_backend("auto", cpu, torch.float32, True) == "sdpa"
     assert resolve_backend("auto", cpu, torch.bfloat16, True) == "reference"
     assert resolve_backend("auto", cpu, torch.bfloat16, False) == "sdpa"
-    assert resolve_backend("auto", cuda, torch.bfloat16, True, windows=65535) == "sdpa"
-    assert resolve_backend("auto", cuda, torch.bfloat16, True, windows=65536) == "reference"
+    assert resolve_backend("auto", cuda, torch.bfloat16, True, grid=65535) == "sdpa"
+    assert resolve_backend("auto", cuda, torch.bfloat16, True, grid=65536) == "reference"
     assert resolve_backend("reference", cuda, torch.bfloat16, True) == "reference"
 
 

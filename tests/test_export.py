@@ -7,22 +7,21 @@ import sys
 
 import pytest
 import torch
-from conftest import EMPTY_CONFIG, ROOT, fill, golden_images, make_config
-from conftest import SMALL as TRAINED
-from test_sizes import FAMILIES, NAMES, every_family, small
+from conftest import EMPTY_CONFIG, ROOT, SMALL, fill, golden_images, make_config
+from test_sizes import FAMILIES, every_family, small
 
 from models import backbone, build_model
 from tools import export_onnx
 
 BATCHES = (1, 4)  # 2 is traced
 IMAGES = golden_images(0, 4, 32)
-SMALL = [*TRAINED, "MODEL.SWIN.DEPTHS", [1, 1]]  # for what does not depend on the model
+TINY = [*SMALL, "MODEL.SWIN.DEPTHS", [1, 1]]  # for what does not depend on the model
 PADDED_IMAGES = golden_images(1, 4, 48)[..., :30, :45]  # of another size than models are built for, padded twice
 
 
 def of_family(family, **changes):
     """Four shifted windows in the first stage, one window in the last: exporters treat them differently."""
-    return small(family, window_size=8, **changes)
+    return small(family, **{"window_size": 8, "depths": [2, 1], **changes})
 
 
 def tensors(out) -> list[torch.Tensor]:
@@ -60,9 +59,8 @@ def test_compiles_in_one_graph_with_gradients(family, padded):
 
 @pytest.mark.slow
 @every_family
-@pytest.mark.parametrize("padded", [False, True])
-def test_inductor_gives_the_same_results_and_gradients(family, padded):
-    check_compiled(family, "inductor", padded, atol=1e-4, rtol=1e-4)
+def test_inductor_gives_the_same_results_and_gradients(family):
+    check_compiled(family, "inductor", padded=False, atol=1e-4, rtol=1e-4)
 
 
 def check_batches(call, model, images) -> None:
@@ -122,10 +120,9 @@ def test_onnx_files_give_the_logits_for_every_batch(family, tmp_path, caplog):
     assert str(ROOT).encode() not in target.read_bytes()
 
 
-@pytest.mark.parametrize("family", [FAMILIES[1], FAMILIES[2]], ids=[NAMES[1], NAMES[2]])
-def test_onnx_files_give_padded_maps(family, tmp_path):
+def test_onnx_files_give_padded_maps(tmp_path):
     target = tmp_path / "maps.onnx"
-    model = of_family(family, pad_maps=True, img_size=(30, 45)).as_feature_backbone([0, 1])
+    model = of_family(FAMILIES[1], pad_maps=True, img_size=(30, 45)).as_feature_backbone([0, 1])
     export_onnx.export(model, target)
     shapes = names_and_shapes(target)
     assert shapes == {"images": ["batch", 3, 30, 45], "map0": ["batch", 8, 15, 23], "map1": ["batch", 16, 8, 12]}
@@ -139,7 +136,7 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("export_onnx"), "level", logging.INFO)
 
     def call(*arguments, opts=()):
-        options = ["--cfg", EMPTY_CONFIG, "--output", "model.onnx", *arguments, "--opts", *SMALL, *opts]
+        options = ["--cfg", EMPTY_CONFIG, "--output", "model.onnx", *arguments, "--opts", *TINY, *opts]
         monkeypatch.setattr(sys, "argv", ["export_onnx.py", *map(str, options)])
         export_onnx.main()
 
@@ -150,7 +147,7 @@ def command(monkeypatch, tmp_path):
 def weights(tmp_path):
     """A checkpoint of the small Swin for five classes, which only the file knows of."""
     path = tmp_path / "weights.pth"
-    model = fill(build_model(make_config(None, *SMALL, "MODEL.NUM_CLASSES", 5))).eval()
+    model = fill(build_model(make_config(None, *TINY, "MODEL.NUM_CLASSES", 5))).eval()
     torch.save({"model": model.state_dict()}, path)
     return path, model
 
@@ -158,16 +155,15 @@ def weights(tmp_path):
 def test_command_line_takes_classes_from_the_weights(command, weights, tmp_path, caplog):
     path, model = weights
     command("--resume", path, "--opset", "18")
-    assert re.search(
-        r"model.onnx: [\d.]+ MB, opset 18, images \(batch, 3, 16, 16\) -> logits \(batch, 5\)", caplog.text
-    )
+    line = r"model.onnx: [\d.]+ MB, opset 18, images \(batch, 3, 16, 16\) -> logits \(batch, 5\)"
+    assert re.search(line, caplog.text)
     check_batches(run_onnx(tmp_path / "model.onnx"), model, IMAGES[..., :16, :16])
 
 
 def test_both_flags_load_the_same_weights(weights):
     path, model = weights
     for flag in ("resume", "pretrained"):
-        loaded = export_onnx.load_model(make_config(None, *SMALL, eval=True, **{flag: path}), False, False)
+        loaded = export_onnx.load_model(make_config(None, *TINY, eval=True, **{flag: str(path)}), False, False)
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
 
@@ -183,28 +179,23 @@ def test_command_line_gives_feature_maps_whatever_the_head(command, weights, tmp
     )
 
 
-def test_weights_that_one_file_cannot_hold_lie_beside_it(command, weights, tmp_path, monkeypatch):
-    path, model = weights
-    monkeypatch.setattr(export_onnx, "ONE_FILE", 0)
-    command("--resume", path)
-    assert sorted(path.name for path in tmp_path.glob("*")) == ["model.onnx", "model.onnx.data", "weights.pth"]
-    check_batches(run_onnx(tmp_path / "model.onnx"), model, IMAGES[..., :16, :16])
-    with pytest.raises(SystemExit, match=r"model.onnx exists"):
-        command("--resume", path)
-    (tmp_path / "model.onnx").unlink()
-    with pytest.raises(SystemExit, match=r"model.onnx.data exists"):
-        command("--resume", path)
-
-
-def test_existing_files_are_replaced_only_by_force(command, tmp_path):
-    target = tmp_path / "model.onnx"
-    target.write_text("precious")
-    with pytest.raises(SystemExit, match=r"error: model.onnx exists; choose another --output, or .* --force"):
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_existing_files_are_kept(name, command, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(SystemExit, match=rf"error: {name} exists; choose another --output, or replace it with --force"):
         command("--random-weights")
-    assert target.read_text() == "precious"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_force_replaces_files_and_large_weights_lie_beside_them(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "ONE_FILE", 0)
+    names = ["model.onnx", "model.onnx.data"]
+    for name in names:
+        (tmp_path / name).write_text("old")
     command("--random-weights", "--force", opts=["SEED", 3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     torch.manual_seed(3)
-    check_batches(run_onnx(target), build_model(make_config(None, *SMALL)).eval(), IMAGES[..., :16, :16])
+    check_batches(run_onnx(tmp_path / names[0]), build_model(make_config(None, *TINY)).eval(), IMAGES[..., :16, :16])
 
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
@@ -239,7 +230,7 @@ def test_differences_are_found(tmp_path):
     assert difference(lambda model: model.head.bias[2].add_(1e-3)) > 2e-4  # relative to logits of up to 4
     assert math.isnan(difference(lambda model: model.head.bias[2].fill_(torch.nan)))
     target.write_bytes(b"no ONNX")
-    with pytest.raises(ValueError, match=r"onnxruntime \S+ refuses the file: .*; try --opset"):
+    with pytest.raises(ValueError, match=r"onnxruntime \S+ refuses the file: .*; try another --opset"):
         difference()
 
 

@@ -51,9 +51,15 @@ def test_indices_and_norm_choose_maps():
 
 def test_take_indices():
     assert take_indices(4, None) == take_indices(4, 4) == [0, 1, 2, 3]
-    assert take_indices(4, 2) == [2, 3] and take_indices(4, (-1, 0)) == [3, 0]
-    with pytest.raises(ValueError, match="choose from 0 to 3"):
-        take_indices(4, 5)
+    assert take_indices(4, 2) == [2, 3] and take_indices(4, (-1, 0, 3)) == [0, 3]
+    for wrong, message in (
+        (5, "the last 5 stages: choose from 1 to 4"),
+        (0, "last 0"),
+        ([], r"\[\]"),
+        ([4], r"stages \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take_indices(4, wrong)
 
 
 @every_family
@@ -80,6 +86,22 @@ def test_feature_backbone_without_the_last_stage_has_no_more_than_it_needs():
     assert all(p.grad is not None for p in backbone.parameters())  # DDP would wait for unused ones
     bare = small(SwinTransformer).as_feature_backbone(norms=False)
     assert not any("norm0" in name for name in bare.state_dict())
+
+
+def test_feature_backbone_may_be_made_again():
+    backbone = small(SwinTransformer).as_feature_backbone()
+    backbone.as_feature_backbone([0])
+    assert backbone.out_indices == (0,) and not any("norm1." in n.split("layers")[0] for n in backbone.state_dict())
+    backbone(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+
+
+def test_pruning_keeps_a_model_that_works():
+    for norm, head in ((False, True), (True, False), (False, False)):
+        model = small(SwinTransformer)
+        assert model.prune_intermediate_layers([0], prune_norm=norm, prune_head=head) == [0]
+        out = logits_of(model, torch.randn(2, 3, 32, 32))
+        assert out.shape == (2, 8 if head else 3)
 
 
 def test_feature_backbone_trains_on_changing_sizes_without_decay_of_norms():
@@ -113,6 +135,8 @@ def test_attention_maps_mix_values_as_the_block_does(family, shape, block):
         one = model.attention_maps(images, 0, block, query=(H - 1, 3))
     torch.testing.assert_close(one, full[:, :, H - 1, 3])
     torch.testing.assert_close(full.sum((-2, -1)), torch.ones(B, 2, H, W))
+    model.train()
+    assert torch.equal(model.attention_maps(images, 0, block), full) and attention.training
 
 
 def test_attention_maps_of_what_is_not_there():

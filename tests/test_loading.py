@@ -1,5 +1,6 @@
 """Weights of one model in another: every pair of resolutions, windows, class and channel counts; released names."""
 
+import copy
 import logging
 
 import pytest
@@ -18,11 +19,14 @@ from checkpoint import (
     resize_bias_table,
     resize_bias_table_geometric,
     resize_position_embedding,
+    strict_state,
     window_of,
 )
+from config import to_dict
 from models.layers import relative_position_index
 from models.simmim import SimMIM, SwinTransformerV2ForSimMIM
 from models.swin_mlp import SwinMLP
+from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
 
 LOGGER = logging.getLogger("test")
@@ -41,21 +45,27 @@ pairs = st.tuples(sides, sides)
     ape=st.booleans(),
 )
 def test_every_pair_of_sizes_loads(family, size, window, classes, channels, ape):
-    if ape and size[0][0] != size[0][1]:
-        ape = False  # the embedding of an oblong map does not tell its sides
     old, new = (
         small(family, img_size=size[i], window_size=window[i], num_classes=classes[i], in_chans=channels[i], ape=ape)
         for i in (0, 1)
     )
-    state, notes = pretrained_state(old.state_dict(), new.state_dict(), None, tuple(new.patches_resolution))
+    grids = (tuple(model.patches_resolution) for model in (old, new))
+    state, notes = pretrained_state(old.state_dict(), new.state_dict(), None, *grids)
     new.load_state_dict(state)
+    resized_old = copy.deepcopy(old)  # the oracle: changing the sizes of the old model
+    resized_old.set_input_size(size[1], window[1])
+    for name, value in resized_old.named_parameters():
+        if not name.startswith(("head", "patch_embed")):
+            assert torch.equal(value, new.get_parameter(name)), name
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     changed = {name for name in after if before.get(name) is None or not torch.equal(before[name], after[name])}
     resized = {name for name in changed if name.endswith(("bias_table", "pos_embed"))}
     assert changed - resized <= {"patch_embed.proj.weight", "head.weight", "head.bias"}
     assert ("patch_embed.proj.weight" in changed) == (channels[0] != channels[1])
     assert bool({"head.weight", "head.bias"} & changed) == (classes[0] != classes[1] and classes[1] > 0)
-    assert len(notes) == len(resized) + (channels[0] != channels[1]) + (classes[0] != classes[1])
+    assert len([note for note in notes if "absolute_pos" not in note]) == len(resized - {"absolute_pos_embed"}) + (
+        channels[0] != channels[1]
+    ) + (classes[0] != classes[1])
     images = torch.randn(1, channels[1], *size[1])
     assert logits_of(new, images).isfinite().all()
 
@@ -124,8 +134,55 @@ def test_released_names_are_understood():
     assert not fitted["head.weight"].any()
     left_out = "left out: decoder.0.weight, decoder.0.bias, encoder.mask_token"
     assert left_out in notes[0] and notes[1] == "head: no classes in the file, 3 in the model; set to zero"
-    plain, notes = released_names(model.state_dict())
+    plain, notes = released_names(model.state_dict(), model.state_dict())
     assert list(plain) == list(model.state_dict()) and not notes
+
+
+def test_simmim_resumes_its_own_files():
+    config = make_config(None, *SMALL, "MODEL.TYPE", "swinv2", "DATA.IMG_SIZE", 32, "MODEL.SWINV2.WINDOW_SIZE", 4)
+    model = main.build_model(config, is_pretrain=True)
+    state, notes = pretrained_state(model.state_dict(), model.state_dict())
+    assert not notes and all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_windows_of_equal_area_are_not_taken_for_each_other():
+    old, new = (small(SwinTransformer, window_size=window) for window in ((2, 8), (8, 2)))
+    with pytest.raises(ValueError, match=r"bias_table: windows of 2x8 in the file, windows of 8x2 here"):
+        strict_state(old.state_dict(), new.state_dict())
+
+
+def test_an_embedding_takes_its_sides_from_the_files_configuration(tmp_path):
+    oblong = ["DATA.IMG_SIZE", [32, 8], "MODEL.SWIN.APE", True, "MODEL.SWIN.WINDOW_SIZE", 2, "MODEL.NUM_CLASSES", 3]
+    config = make_config(None, *SMALL, *oblong)
+    source = main.build_model(config)  # a map of 16x4 tokens, as many as of 8x8
+    torch.save({"model": source.state_dict(), "config": to_dict(config)}, tmp_path / "oblong.pth")
+    square = make_config(None, *SMALL, *oblong, "DATA.IMG_SIZE", 16, pretrained=str(tmp_path / "oblong.pth"))
+    model = main.build_model(square)
+    utils.load_pretrained(square, model, LOGGER)
+    source.set_input_size(16)
+    assert torch.equal(model.absolute_pos_embed, source.absolute_pos_embed)
+
+
+def test_v2_of_other_pretrained_windows_is_not_resumed_silently(tmp_path, caplog):
+    small_v2 = [str(o).replace("SWIN.", "SWINV2.") if isinstance(o, str) else o for o in SMALL]
+    small_v2 += ["MODEL.TYPE", "swinv2", "MODEL.NUM_CLASSES", 3]
+    config = make_config(None, *small_v2, "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", [2, [2, 3]])
+    torch.save(main.build_model(config).state_dict(), tmp_path / "v2.pth")
+    for flags in ({}, {"eval": True}):
+        other = make_config(None, *small_v2, **flags, resume=str(tmp_path / "v2.pth"))
+        with pytest.raises(ValueError, match=r"are of other MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"):
+            utils.load_checkpoint(other, main.build_model(other), None, None, None, LOGGER)
+    other = make_config(None, *small_v2, pretrained=str(tmp_path / "v2.pth"))
+    with caplog.at_level(logging.INFO, "test"):
+        utils.load_pretrained(other, main.build_model(other), LOGGER)
+    assert "coordinates are those of MODEL.SWINV2.PRETRAINED_WINDOW_SIZES" in caplog.text
+
+
+def test_a_head_of_zeros_can_be_evaluated(tmp_path):
+    model, path = saved(tmp_path, "MODEL.NUM_CLASSES", 3, change=lambda s: {**s, "head.weight": 0 * s["head.weight"]})
+    config = make_config(None, *SMALL, "MODEL.NUM_CLASSES", 3, eval=True, pretrained=path)
+    utils.load_pretrained(config, model, LOGGER)
+    assert not model.head.weight.any()
 
 
 def test_every_key_that_does_not_fit_is_in_the_log(tmp_path, caplog):

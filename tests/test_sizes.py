@@ -20,7 +20,7 @@ from models.layers import (
     window_reverse,
 )
 from models.swin_mlp import SwinMLP
-from models.swin_transformer import SwinTransformer, WindowAttention
+from models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from models.swin_transformer_moe import SwinTransformerMoE
 from models.swin_transformer_v2 import SwinTransformerV2
 
@@ -91,14 +91,14 @@ def test_attention_on_padded_maps_is_that_of_real_neighbours(resolution, window,
 
 
 @every_family
-@pytest.mark.parametrize("shape", [(32, 32), (30, 45), (17, 64), (5, 3), (1, 1)])
+@pytest.mark.parametrize("shape", [(32, 32), (30, 45), (17, 64), (13, 9), (5, 3), (1, 1)])
 def test_any_image_size_gives_what_a_model_built_for_it_gives(family, shape):
     """Except where the window would shrink, which is decided at construction."""
     images = torch.randn(2, 3, *shape)
     anywhere = small(family, window_size=2, pad_maps=True)
     built = small(family, window_size=2, pad_maps=True, img_size=shape)
     assert logits_of(anywhere, images).shape == (2, 3)
-    if min(shape) > 8:
+    if anywhere.layers[-1].blocks[0].window_size == built.layers[-1].blocks[0].window_size:
         torch.testing.assert_close(logits_of(anywhere, images), logits_of(built, images), atol=1e-6, rtol=1e-5)
 
 
@@ -281,11 +281,91 @@ def test_a_window_of_one_token_has_finite_coordinates():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 def test_gradient_checkpointing_on_padded_maps_changes_nothing(family):
-    images, gradients = torch.randn(1, 3, 30, 22), []
+    images, gradients, calls = torch.randn(1, 3, 30, 22), [], []
     for thrifty in (False, True):
         model = small(family, pad_maps=True, use_checkpoint=thrifty)
+        model.layers[0].blocks[0].register_forward_pre_hook(lambda *_, thrifty=thrifty: calls.append(thrifty))
         out = model(images)
         (out[0] if isinstance(out, tuple) else out).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+    assert calls == [False, True, True]  # once more in the backward pass
+
+
+@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[1], FAMILIES[3]], ids=[NAMES[0], NAMES[1], NAMES[3]])
+@pytest.mark.parametrize("backend", attention.ATTEND)
+def test_models_in_half_precision_change_sizes(family, backend):
+    model, images = small(family, pad_maps=True).bfloat16(), torch.randn(1, 3, 30, 45, dtype=torch.bfloat16)
+    attention.set_attention_backend(model, backend)
+    before = logits_of(model, images)
+    model.set_input_size((30, 45), 4)
+    assert before.dtype == torch.bfloat16 and before.isfinite().all()
+    torch.testing.assert_close(logits_of(model, images), before, atol=0.05, rtol=0)
+
+
+def test_windows_that_grow_again_are_shifted_again():
+    model = small(SwinTransformer)
+    model.set_input_size(32, 1)
+    model.set_input_size(32, 4)
+    assert [block.shift_size for block in model.layers[0].blocks] == [0, 2]
+    shrunk = small(SwinTransformer, img_size=8, window_size=7, pad_maps=True)  # windows of 4, then of 2
+    assert [block.shift_for((16, 16)) for block in shrunk.layers[0].blocks] == [0, 2]
+    assert [block.shift_for((16, 16)) for block in shrunk.layers[1].blocks] == [0, 1]
+
+
+def test_a_block_alone_pads_only_when_told():
+    block = SwinTransformerBlock(8, (8, 8), 2, window_size=4)
+    with pytest.raises(ValueError, match=r"5x5 map is not a whole number of 4x4 windows.*pad_maps=True"):
+        block(torch.randn(1, 25, 8), (5, 5))
+    assert block(torch.randn(1, 16 * 8, 8), (16, 8)).shape == (1, 128, 8)
+
+
+@pytest.mark.parametrize("size", [[64, 64, 64], 4.0, "32", (4.0, 4)])
+def test_sizes_that_are_no_sizes_are_named(size):
+    with pytest.raises(ValueError, match="is neither a whole number nor"):
+        small(SwinTransformer, img_size=size)
+    with pytest.raises(ValueError, match="images of 3x32x32"):
+        small(SwinTransformer)(torch.zeros(3, 32, 32))
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", attention.ATTEND)
+def test_half_precision_stays_near_float32_on_padded_maps(family, dtype, backend):
+    images = torch.randn(2, 3, 30, 45)
+    expected, model = logits_of(small(family, pad_maps=True), images), small(family, pad_maps=True)
+    attention.set_attention_backend(model, backend)
+    with torch.autocast("cpu", dtype):
+        out = model(images)
+        out = out[0] if isinstance(out, tuple) else out
+    out.float().square().sum().backward()
+    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.gpu
+@every_family
+@pytest.mark.parametrize("backend", ["auto", *attention.ATTEND])
+@pytest.mark.parametrize("shape", [(32, 32), (30, 45)])
+def test_the_accelerator_agrees_with_the_cpu(family, backend, shape):
+    """Maps that are padded and that are not, in float32, with gradients; half precision stays finite."""
+    device = torch.accelerator.current_accelerator()
+    ours, theirs = (small(family, pad_maps=True) for _ in range(2))
+    theirs.to(device)
+    attention.set_attention_backend(theirs, backend)
+    images, results = torch.randn(2, 3, *shape), []
+    for model in (ours, theirs):
+        out = model(images.to(next(model.parameters()).device))
+        out = out[0] if isinstance(out, tuple) else out
+        out.square().sum().backward()
+        results.append([out.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    for dtype in (torch.bfloat16, torch.float16):
+        theirs.zero_grad()
+        with torch.autocast(device.type, dtype):
+            out = theirs(images.to(device))
+            out = out[0] if isinstance(out, tuple) else out
+        out.float().square().sum().backward()
+        assert out.isfinite().all() and all(p.grad.isfinite().all() for p in theirs.parameters())
