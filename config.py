@@ -20,6 +20,18 @@ _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # per process
 _C.DATA.DATA_PATH = ""
 _C.DATA.DATASET = "imagenet"
+# The form of the data: auto (zip under ZIP_MODE, list for imagenet22K, else folder), folder, zip, list, shards, raw,
+# tiny_imagenet.
+_C.DATA.SOURCE = "auto"
+_C.DATA.TRAIN_SHARDS = ""  # a folder, glob, brace pattern or pipe: command; DATA_PATH/train if empty
+_C.DATA.VAL_SHARDS = ""
+_C.DATA.SHUFFLE_BUFFER = 2000  # samples that a stream of shards is mixed over, per process
+_C.DATA.CLASSES = ""  # a file that lists the classes to use, one per line, in the order of their numbers
+# device: crop in uint8, augment and normalise on the device; official: timm's transforms on PIL images in the workers;
+# auto: device where there is an accelerator.
+_C.DATA.PIPELINE = "auto"
+_C.DATA.DECODER = "auto"  # pil, torchvision, cv2, simplejpeg; auto: cv2 for training in the device pipeline, else pil
+_C.DATA.ON_ERROR = "raise"  # raise, or skip: count images that cannot be used, and list them at the epoch's end
 _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.ZIP_MODE = False
@@ -98,6 +110,7 @@ _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 or None does not clip
 _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 1
 _C.TRAIN.USE_CHECKPOINT = False
+_C.TRAIN.TIME_LIMIT = 0.0  # minutes, after which training saves and ends as if stopped; 0: none
 _C.TRAIN.MAX_NONFINITE_STEPS = 25  # in a row, then training stops with an error
 _C.TRAIN.LAYER_DECAY = 1.0
 _C.TRAIN.LR_SCHEDULER = CfgNode()
@@ -140,6 +153,7 @@ _C.AMP_DTYPE = "auto"  # auto, bf16, fp16 or fp32
 _C.OUTPUT = ""
 _C.TAG = "default"
 _C.SAVE_FREQ = 1  # epochs
+_C.SAVE_BEST = False  # keep the weights of the best epoch as ckpt_best.pth
 _C.SAVE_STEPS = 0  # also after this many batches within an epoch; 0: only at its end
 _C.PRINT_FREQ = 10  # steps between reads of device values
 _C.SEED = 0
@@ -156,6 +170,7 @@ FLAG_KEYS = {
     "data_path": "DATA.DATA_PATH",
     "zip": "DATA.ZIP_MODE",
     "cache_mode": "DATA.CACHE_MODE",
+    "source": "DATA.SOURCE",
     "pretrained": "MODEL.PRETRAINED",
     "resume": "MODEL.RESUME",
     "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
@@ -174,6 +189,11 @@ FLAG_KEYS = {
 }
 
 CHOICES = {
+    "DATA.DATASET": ("imagenet", "imagenet22K"),
+    "DATA.SOURCE": ("auto", "folder", "zip", "list", "shards", "raw", "tiny_imagenet"),
+    "DATA.PIPELINE": ("auto", "device", "official"),
+    "DATA.DECODER": ("auto", "pil", "torchvision", "cv2", "simplejpeg"),
+    "DATA.ON_ERROR": ("raise", "skip"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "hamming", "lanczos", "nearest", "random"),
     "AUG.REMODE": ("pixel", "rand", "const"),
@@ -208,6 +228,8 @@ RANGES = {
     "TRAIN.ACCUMULATION_STEPS": (1, None),
     "TRAIN.CLIP_GRAD": (0, None),
     "TRAIN.MAX_NONFINITE_STEPS": (1, None),
+    "TRAIN.TIME_LIMIT": (0, None),
+    "DATA.SHUFFLE_BUFFER": (0, None),
     "AUG.HFLIP": (0, 1),
     "AUG.REPROB": (0, 1),
     "SAVE_FREQ": (1, None),

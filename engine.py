@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 import distributed
 import utils
 from config import to_dict
-from launch import Session, Stopped
+from launch import Session, Stopped, TimeIsUp
 from logger import ProgressBar
 from lr_scheduler import build_scheduler
 from meters import EpochMeters, write_scalars
@@ -73,6 +73,7 @@ class Run:
     max_accuracy: float = 0.0
     writer: SummaryWriter | None = None
     stop_signal: int = 0
+    deadline: float = math.inf  # of TRAIN.TIME_LIMIT, on the monotonic clock
 
     def __post_init__(self):
         self.replica = self.model
@@ -85,6 +86,15 @@ class Run:
     @property
     def config(self) -> Any:
         return self.session.config
+
+    def should_stop(self) -> bool:
+        return bool(self.stop_signal) or time.monotonic() >= self.deadline
+
+    def stopped(self) -> Stopped:
+        """What to raise once the state is saved. Ranks that stop for another's sake take its signal for SIGTERM."""
+        if self.stop_signal or time.monotonic() < self.deadline - 0.1 * 60 * self.config.TRAIN.TIME_LIMIT:
+            return Stopped(self.stop_signal or signal.SIGTERM)
+        return TimeIsUp(self.config.TRAIN.TIME_LIMIT)
 
 
 def prepare(
@@ -208,6 +218,8 @@ def fit(run: Run, compute_loss: ComputeLoss) -> float:
         run.writer = SummaryWriter(config.OUTPUT, purge_step=run.progress.updates + 1)
     logger.info("Start training")
     began = time.time()
+    if config.TRAIN.TIME_LIMIT:
+        run.deadline = time.monotonic() + 60 * config.TRAIN.TIME_LIMIT
     try:
         with _stop_on_signals(run):
             while run.progress.epoch < config.TRAIN.EPOCHS:
@@ -226,15 +238,18 @@ def _finish_epoch(run: Run) -> None:
     epoch = progress.epoch
     if run.loader_val is not None:
         acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
+        best = acc1 > run.max_accuracy or run.max_accuracy == 0
         run.max_accuracy = max(run.max_accuracy, acc1)
+        if config.SAVE_BEST and best and distributed.is_main():
+            utils.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
         write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
     progress.epoch, progress.samples = epoch + 1, 0
-    stop = distributed.any_rank(bool(run.stop_signal), run.session.device)
+    stop = distributed.any_rank(run.should_stop(), run.session.device)
     if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
         save(run)
-    if stop:
-        raise Stopped(run.stop_signal or signal.SIGTERM)
+    if stop and (run.stop_signal or progress.epoch < config.TRAIN.EPOCHS):
+        raise run.stopped()
 
 
 def save(run: Run) -> None:
@@ -319,7 +334,7 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
         if updates_now:
             # Processes must agree. On accelerators they do at a printed step: asking each time would make them wait.
             if world_size == 1 or run.session.device.type == "cpu":
-                stop = distributed.any_rank(bool(run.stop_signal), run.session.device) or stop
+                stop = distributed.any_rank(run.should_stop(), run.session.device) or stop
             due = config.SAVE_STEPS and step + 1 - last_saved >= config.SAVE_STEPS and step + 1 < steps
             if stop or due:
                 meters.flush(step)
@@ -327,14 +342,24 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
                 last_saved = step + 1
             if stop:
                 bar.close()
-                raise Stopped(run.stop_signal or signal.SIGTERM)
+                raise run.stopped()
     meters.finish(steps - 1)
     bar.close()
+    report_skipped(run.session, loader, "training")
     run.session.logger.info(f"EPOCH {epoch} training takes {timedelta(seconds=int(time.time() - began))}")
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
     return [part.to(device, non_blocking=True) for part in batch]
+
+
+def report_skipped(session: Session, loader: Any, what: str) -> None:
+    """Log the samples that this process's loader has skipped since the last report (``DATA.ON_ERROR skip``)."""
+    reasons = loader.take_skipped() if hasattr(loader, "take_skipped") else []
+    if reasons:
+        session.logger.warning(f"{len(reasons)} sample(s) skipped in {what} by this process:")
+    for reason in reasons:
+        session.logger.warning(f"skipped: {reason}")
 
 
 @torch.inference_mode()
@@ -366,6 +391,7 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
                 f"Acc@5 {new_acc5:.3f} ({acc5:.3f})\tMem {distributed.peak_memory_mb(device):.0f}MB"
             )
     bar.close()
+    report_skipped(session, loader, "evaluation")
     loss, acc1, acc5 = _means(distributed.all_reduce_sum(sums))
     logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
     logger.info(f"Accuracy of the network on the {int(sums[3])} test images: {acc1:.1f}%")

@@ -31,6 +31,14 @@ class Stopped(Exception):  # noqa: N818 - not an error
         self.exit_code = 128 + signal_number
 
 
+class TimeIsUp(Stopped):
+    """Training ended, as ``TRAIN.TIME_LIMIT`` says; its state is saved."""
+
+    def __init__(self, minutes: float):
+        Exception.__init__(self, f"the time limit of {minutes} minute(s) is over")
+        self.exit_code = 0
+
+
 @dataclass
 class Session:
     """What every part of a run needs: the settled configuration, where to compute and in which precision, the log."""
@@ -67,6 +75,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="images per process and step")
     add("--data-path", metavar="DIR", help="folder with train/ and val/")
     add("--zip", action="store_const", const=True, help="read zip archives instead of folders")
+    add("--source", choices=CHOICES["DATA.SOURCE"], help="form of the data; default: folder, or what --zip and 22K say")
     add("--cache-mode", choices=CHOICES["DATA.CACHE_MODE"], help="what of the zip archives to keep in memory")
     add("--pretrained", metavar="FILE", help="weights to fine-tune, resized to this model")
     add("--resume", metavar="FILE", help="checkpoint to continue from or to evaluate; wins over auto-resume")

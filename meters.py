@@ -56,7 +56,7 @@ class EpochMeters:
         if not self.pending:
             return False
         flat = [value.float().reshape(()) for row in self.pending for value in row.values()]
-        flag = torch.tensor(float(bool(self.run.stop_signal)), device=flat[0].device)
+        flag = torch.tensor(float(self.run.should_stop()), device=flat[0].device)
         mean = distributed.all_reduce_sum(torch.stack([*flat, flag])) / distributed.world_size()
         *numbers, stop = mean.tolist()
         values = iter(numbers)

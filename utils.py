@@ -197,6 +197,17 @@ def save_checkpoint(
     return path
 
 
+def save_best(
+    config: Any, epoch: int, model: nn.Module, accuracy: float, classes: list[str], logger: logging.Logger
+) -> Path:
+    """Write ``OUTPUT/ckpt_best.pth``, the weights of the best epoch so far, for evaluation."""
+    path = Path(config.OUTPUT) / "ckpt_best.pth"
+    state = {"model": model.state_dict(), "max_accuracy": accuracy, "epoch": epoch, "config": to_dict(config)}
+    write_atomically({**state, "classes": classes}, path)
+    logger.info(f"{path} saved: {accuracy:.2f}% after epoch {epoch}")
+    return path
+
+
 def write_atomically(state: dict[str, Any], path: Path) -> None:
     """Save to a temporary file, flush it to the disk, rename it: a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,34 +1,79 @@
-"""Samples of a source as images: read, decode, transform, each with random draws of its own."""
+"""Samples as images: read, decode, transform, each with random draws of its own; and what is wrong with them."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from . import fast
 from .sources import Source
 
 Item = int | tuple[int, int]  # a sample's number, or (epoch, number) where transforms draw at random
 
 
-class Images(Dataset):
-    """(image, label) of a source's samples.
+@dataclass(frozen=True)
+class Skipped:
+    """In the place of a sample that cannot be read or decoded: ``reason`` names it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Skips:
+    """Beside a batch: what was skipped of it."""
+
+    reasons: tuple[str, ...]
+
+    def pin_memory(self) -> "Skips":
+        return self
+
+
+class Samples(Dataset):
+    """(image, label) of samples.
 
     Random transforms are seeded by (seed, epoch, sample), so that a sample of an epoch looks the same whatever the
-    number of workers or ranks, and wherever training is resumed. Items are (epoch, number), as `TrainSampler` gives
-    them; a plain number, as `EvalSampler` gives it, is transformed without draws.
+    number of workers or ranks, and wherever training is resumed.
 
     Args:
-        decode: called with what `Source.read` gives and the sample's name; raises ``ValueError`` naming it where it
-            cannot be decoded.
-        transform: called with what ``decode`` gives.
+        decode: called with a sample's bytes or pixels and its name; raises ``ValueError`` naming it where it cannot be
+            decoded.
+        transform: called with what ``decode`` gives, while the three global generators are seeded; if it has
+            ``takes_generator``, with the sample's own generator besides (`fast.FastTrain`).
+        skip: give `Skipped` for samples that cannot be read or decoded, instead of raising (``DATA.ON_ERROR``).
     """
 
-    def __init__(self, source: Source, decode: Callable[[Any, str], Any], transform: Callable, seed: int = 0):
-        self.source, self.decode, self.transform, self.seed = source, decode, transform, seed
+    def __init__(self, decode: Callable[[Any, str], Any], transform: Callable, seed: int = 0, skip: bool = False):
+        self.decode, self.transform, self.seed, self.skip = decode, transform, seed, skip
+
+    def make(self, epoch: int | None, number: int, name: str, read: Callable[[], Any], label: int) -> Any:
+        """(image, label) of a sample; without an epoch nothing is drawn, as for evaluation."""
+        try:
+            image = self.decode(read(), name)
+        except (OSError, ValueError) as err:
+            if not self.skip:
+                raise
+            return Skipped(" ".join(str(err).split()))
+        if epoch is None:
+            return self.transform(image), label
+        if getattr(self.transform, "takes_generator", False):
+            return self.transform(image, fast.sample_generator(self.seed, epoch, number)), label
+        with seeded(self.seed, epoch, number):
+            return self.transform(image), label
+
+
+class Images(Samples):
+    """The samples of a source. Items are numbers, or (epoch, number) where transforms draw, as from `TrainSampler`."""
+
+    def __init__(
+        self, source: Source, decode: Callable[[Any, str], Any], transform: Callable, seed: int = 0, skip: bool = False
+    ):
+        super().__init__(decode, transform, seed, skip)
+        self.source = source
 
     @property
     def classes(self) -> list[str] | None:
@@ -37,14 +82,39 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: Item) -> tuple[Any, int]:
-        epoch, index = item if isinstance(item, tuple) else (None, item)
-        image = self.decode(self.source.read(index), self.source.name(index))
-        label = int(self.source.labels[index])
-        if epoch is None:
-            return self.transform(image), label
-        with seeded(self.seed, epoch, index):
-            return self.transform(image), label
+    def __getitem__(self, item: Item) -> Any:
+        epoch, number = item if isinstance(item, tuple) else (None, item)
+        source = self.source
+        return self.make(epoch, number, source.name(number), lambda: source.read(number), int(source.labels[number]))
+
+
+def collate(samples: Sequence[Any], fill: bool) -> tuple:
+    """A batch: images, labels, for the fast pipeline what the device needs, and `Skips` if anything was skipped.
+
+    Args:
+        fill: put other samples of the batch, in turn, in the places of skipped ones, so that every rank has full
+            batches; else leave these places out. Images are None where nothing is left.
+
+    Raises ``ValueError`` where the batch cannot be filled, since all of it was skipped.
+    """
+    reasons = tuple(sample.reason for sample in samples if isinstance(sample, Skipped))
+    good = [sample for sample in samples if not isinstance(sample, Skipped)]
+    if not reasons:
+        return _stack(good)
+    if fill and not good:
+        raise ValueError(f"none of the {len(reasons)} images of a batch can be used; the first: {reasons[0]}")
+    if not good:
+        return None, None, Skips(reasons)
+    if fill:
+        spare = iter(good * len(reasons))
+        good = [next(spare) if isinstance(sample, Skipped) else sample for sample in samples]
+    return *_stack(good), Skips(reasons)
+
+
+def _stack(samples: Sequence[Any]) -> tuple:
+    image = samples[0][0]
+    uint8 = isinstance(image, tuple) or image.dtype == torch.uint8
+    return fast.collate(samples) if uint8 else tuple(default_collate(list(samples)))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Which samples each rank sees, in which order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -30,6 +30,24 @@ class TrainSampler(Sampler[tuple[int, int]]):
         order = torch.randperm(self.length, generator=generator).tolist()
         own = order[self.rank : len(self) * self.world_size : self.world_size]
         return iter([(self.epoch, index) for index in own[self.start :]])
+
+
+class PartSampler(TrainSampler):
+    """Shuffled (epoch, index) pairs of the samples that this rank keeps in memory, the same count on each rank.
+
+    Args:
+        own: the rank's samples.
+        count: how many of them an epoch has; which ones are left out changes from epoch to epoch.
+    """
+
+    def __init__(self, own: Sequence[int], count: int, seed: int = 0):
+        super().__init__(count, seed=seed)
+        self.own = own
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.own), generator=generator).tolist()
+        return iter([(self.epoch, self.own[place]) for place in order[self.start : self.length]])
 
 
 class EvalSampler(Sampler[int]):

@@ -11,6 +11,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from .fast import PADDING, SMALL, crop_ratio
+
 # The official names; evaluation takes bilinear for any other.
 EVAL_INTERPOLATION = {
     "bicubic": InterpolationMode.BICUBIC,
@@ -26,12 +28,11 @@ def build_transform(is_train: bool, config: Any) -> Callable:
 
 def _train_transform(config: Any) -> Callable:
     aug, size = config.AUG, to_2tuple(config.DATA.IMG_SIZE)
-    aspect = size[1] / size[0]
     try:
         transform = create_transform(
             input_size=size,
             is_training=True,
-            ratio=(3 / 4 * aspect, 4 / 3 * aspect),
+            ratio=crop_ratio(size),
             hflip=aug.HFLIP,
             color_jitter=aug.COLOR_JITTER if aug.COLOR_JITTER > 0 else None,
             auto_augment=aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else None,
@@ -46,7 +47,7 @@ def _train_transform(config: Any) -> Callable:
             "rand-m9-mstd0.5-inc1, original or none"
         ) from err
     if _is_small(size):
-        transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+        transform.transforms[0] = transforms.RandomCrop(size, padding=PADDING)
     for step in transform.transforms:
         for op in _augment_ops(step):
             if op.name.startswith("Posterize"):
@@ -86,7 +87,7 @@ class Cover:
 
 def _is_small(size: tuple[int, int]) -> bool:
     """CIFAR-sized images are taken as they are: padded and cropped for training, not resized for evaluation."""
-    return max(size) <= 32
+    return max(size) <= SMALL
 
 
 def _augment_ops(step: Any) -> Iterator[Any]:

@@ -14,8 +14,9 @@ from torch.utils.data import DistributedSampler
 from torchvision import transforms
 
 from data import build_loader
-from data.datasets import SampleSeeded
-from data.samplers import EvalSampler, TrainSampler
+from data.images import Images, Skipped, collate
+from data.samplers import EvalSampler, PartSampler, TrainSampler
+from data.sources import Source
 from data.transforms import build_transform, posterize
 
 
@@ -146,10 +147,12 @@ def test_evaluation_sees_each_sample_once(world_size, sequential, shuffle):
         assert seen == list(range(11))
 
 
-def test_random_transforms_depend_on_seed_epoch_and_sample_alone(image_folder):
+@pytest.mark.parametrize("pipeline", ["device", "official"])
+def test_random_transforms_depend_on_seed_epoch_and_sample_alone(image_folder, pipeline):
     loaders = []
     for workers in (0, 2):
-        config = config_for(image_folder, "DATA.NUM_WORKERS", workers, "AUG.REPROB", 1.0)
+        opts = ["DATA.NUM_WORKERS", workers, "AUG.REPROB", 1.0, "DATA.PIPELINE", pipeline]
+        config = config_for(image_folder, *opts)
         loaders.append(build_loader(config)[2])
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -165,18 +168,23 @@ def test_random_transforms_depend_on_seed_epoch_and_sample_alone(image_folder):
 
 
 def test_seeds_reach_all_three_generators():
-    class Draws(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
+    class Nothing(Source):
+        labels = np.zeros(3, np.int64)
 
-        def __getitem__(self, index):
-            return random.random(), np.random.rand(), torch.rand(()).item()
+        def name(self, index):
+            return str(index)
 
-    draws = SampleSeeded(Draws(), seed=0)
+        def read(self, index):
+            return b""
+
+    def draw(image):
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    draws = Images(Nothing(), lambda data, name: data, draw, seed=0)
     assert draws[0, 1] == draws[0, 1]
-    values = [draws[epoch, index] for epoch in (0, 1) for index in (0, 1)]
+    values = [draws[epoch, index][0] for epoch in (0, 1) for index in (0, 1)]
     assert all(len(set(column)) == 4 for column in zip(*values, strict=True))
-    assert SampleSeeded(Draws(), seed=1)[0, 1] != draws[0, 1]
+    assert Images(Nothing(), lambda data, name: data, draw, seed=1)[0, 1] != draws[0, 1]
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
@@ -206,7 +214,7 @@ def test_a_validation_class_may_be_absent(image_folder):
         path.unlink()
     (image_folder / "val" / "bee").rmdir()
     dataset_val = build_loader(config_for(image_folder))[1]
-    assert {label for _, label in dataset_val.samples} == {0, 2}  # cat keeps its number
+    assert set(dataset_val.source.labels) == {0, 2}  # cat keeps its number
 
 
 def test_head_given_in_the_configuration_must_be_large_enough(image_folder):
@@ -232,10 +240,60 @@ def test_too_few_images_for_a_batch(image_folder):
         build_loader(config_for(image_folder, "DATA.BATCH_SIZE", 32))
 
 
-@pytest.mark.parametrize("key, value", [("DATA.DATASET", "imagenet23K"), ("DATA.ZIP_MODE", True)])
-def test_what_this_version_cannot_read_is_an_error(image_folder, key, value):
-    with pytest.raises(ValueError, match=key):
-        build_loader(config_for(image_folder, key, value))
+def test_contradicting_sources_are_an_error(image_folder):
+    with pytest.raises(ValueError, match=r"DATA.ZIP_MODE=True \(--zip\) and DATA.SOURCE='folder' exclude each other"):
+        build_loader(config_for(image_folder, "DATA.ZIP_MODE", True, "DATA.SOURCE", "folder"))
+    with pytest.raises(ValueError, match=r"DATA.DATASET='imagenet23K'; choose from"):
+        config_for(image_folder, "DATA.DATASET", "imagenet23K")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_that_keep_a_part_in_memory_see_only_that_part(world_size):
+    for rank in range(world_size):
+        own = range(rank, 31, world_size)
+        sampler = PartSampler(own, 31 // world_size, seed=1)
+        sampler.set_epoch(1)
+        seen = [index for _, index in sampler]
+        assert len(seen) == len(set(seen)) == len(sampler) == 31 // world_size and set(seen) <= set(own)
+        sampler.set_epoch(1, start=4)
+        assert [index for _, index in sampler] == seen[4:]
+
+
+def break_image(folder: Path, name: str) -> str:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:40])
+    return str(path)
+
+
+@pytest.mark.parametrize("pipeline", ["device", "official"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_counted_and_batches_stay_full(image_folder, pipeline, workers):
+    broken = break_image(image_folder, "train/ant/0.png"), break_image(image_folder, "val/bee/1.png")
+    opts = ["DATA.ON_ERROR", "skip", "DATA.NUM_WORKERS", workers, "DATA.PIPELINE", pipeline]
+    _, _, loader_train, loader_val, _ = build_loader(config_for(image_folder, *opts))
+    shapes = [images.shape for images, _ in loader_train]
+    assert shapes == [(4, 3, 16, 16)] * 7
+    reasons = loader_train.take_skipped()
+    assert len(reasons) <= 1 and all(broken[0] in reason for reason in reasons)
+    loader_train.sampler.set_epoch(1)
+    list(loader_train)
+    assert len(reasons + loader_train.take_skipped()) >= 1  # two samples of 30 are left out in each epoch
+    assert sum(len(images) for images, _ in loader_val) == 10
+    assert broken[1] in loader_val.take_skipped()[0] and loader_val.take_skipped() == []
+
+
+def test_a_batch_without_any_usable_image():
+    with pytest.raises(ValueError, match="none of the 2 images of a batch can be used; the first: a broken"):
+        collate([Skipped("a broken"), Skipped("b broken")], fill=True)
+    images, labels, skips = collate([Skipped("a broken")], fill=False)
+    assert images is None and labels is None and skips.reasons == ("a broken",)
+
+
+def test_filled_places_repeat_images_of_the_batch():
+    samples = [(torch.zeros(3, 2, 2), 0), Skipped("x"), (torch.ones(3, 2, 2), 1), Skipped("y"), Skipped("z")]
+    images, labels, skips = collate(samples, fill=True)
+    assert labels.tolist() == [0, 0, 1, 1, 0] and images[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 0]
+    assert skips.reasons == ("x", "y", "z")
 
 
 def test_oblong_sizes_keep_the_aspect_of_images():

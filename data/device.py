@@ -1,0 +1,89 @@
+"""Batches on the device: copied ahead of their use, and finished there (data/augment.py)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .augment import Finish
+from .images import Skips
+
+
+class DeviceLoader:
+    """A loader's batches as (images, targets) on a device; images (B, 3, H, W), float32, normalised.
+
+    uint8 batches of the fast pipeline (`data.fast.collate`) are augmented, normalised and erased there; batches of the
+    official pipeline, which are finished already, are copied. On CUDA, the next batch is copied and finished on a
+    stream of its own while the current one is used; pin the loader's memory, or copies wait.
+
+    Args:
+        erase_mode: ``pixel``, ``rand`` or ``const``, as `data.augment.erase`.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device | str, erase_mode: str = "pixel"):
+        self.loader = loader
+        self.device = torch.device(device)
+        self.finish = Finish(self.device, erase_mode)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.skipped: list[str] = []
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.loader.sampler
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.loader.dataset
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.loader.batch_size
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Leaving early needs no care: the loader's iterator and what was prefetched go with this generator."""
+        return map(self._finished, self._batches()) if self.stream is None else self._prefetched()
+
+    def take_skipped(self) -> list[str]:
+        """What was skipped of the batches since the last call: a line for each sample that names it."""
+        skipped, self.skipped = self.skipped, []
+        return skipped
+
+    def _batches(self) -> Iterator[tuple]:
+        """The loader's batches that are not empty, without the notes on what was skipped."""
+        for batch in self.loader:
+            for part in batch:
+                if isinstance(part, Skips):
+                    self.skipped += part.reasons
+            if batch[0] is not None:
+                yield tuple(part for part in batch if not isinstance(part, Skips))
+
+    def _finished(self, batch: tuple) -> tuple[Tensor, Tensor]:
+        images, targets, *plan = batch
+        images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+        if images.dtype == torch.uint8:
+            images = self.finish(images, *(part.to(self.device) for part in plan))
+        return images, targets
+
+    def _prefetched(self) -> Iterator[tuple[Tensor, Tensor]]:
+        ahead = None
+        for batch in self._batches():
+            with torch.cuda.stream(self.stream):
+                finished = self._finished(batch)
+                ready = self.stream.record_event()
+            if ahead is not None:
+                yield self._hand_over(*ahead)
+            ahead = finished, ready
+        if ahead is not None:
+            yield self._hand_over(*ahead)
+
+    def _hand_over(self, batch: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+        """Let the user's stream wait for the batch, and the allocator keep the memory until that stream is done."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(ready)
+        for part in batch:
+            part.record_stream(stream)
+        return batch
