@@ -147,7 +147,7 @@ def find_checkpoint(session: Session) -> str:
     return found or config.MODEL.RESUME
 
 
-def load_weights(session: Session, model: nn.Module, classes: list[str]) -> None:
+def load_weights(session: Session, model: nn.Module, classes: list[str] | None) -> None:
     """Give ``model`` the weights that `find_checkpoint` finds, for evaluation.
 
     Raises ``ValueError`` where there are none, or where they are of another model or other classes.
@@ -192,10 +192,10 @@ def restore(run: Run, path: str) -> None:
         )
 
 
-def check_classes(saved: dict[str, Any], classes: list[str], path: str) -> None:
+def check_classes(saved: dict[str, Any], classes: list[str] | None, path: str) -> None:
     """Raise ``ValueError`` where a checkpoint names other classes than the data has."""
     theirs = saved.get("classes") or classes
-    if theirs != classes:
+    if classes and theirs != classes:  # data may have numbers for classes, without names
         strange = sorted(set(classes) ^ set(theirs))[:5]
         raise ValueError(
             f"{path} was trained on {len(theirs)} classes, the data has {len(classes)}; they differ in "

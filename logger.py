@@ -13,10 +13,14 @@ DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 CLEAR_LINE = "\r\033[K"
 
 
+MODULES = ("data",)  # whose own loggers write to the run's log
+
+
 def create_logger(output_dir: str, dist_rank: int = 0, name: str = "") -> logging.Logger:
     """A logger to ``output_dir/log_rank{dist_rank}.txt`` and, on rank 0, to stdout (official ``logger.py``).
 
-    Calling it again with the same name replaces the handlers instead of doubling every line.
+    What ``MODULES`` log goes there too. Calling it again with the same name replaces the handlers instead of doubling
+    every line.
     """
     logger = logging.getLogger(name)
     logger.setLevel(logging.DEBUG)
@@ -33,6 +37,10 @@ def create_logger(output_dir: str, dist_rank: int = 0, name: str = "") -> loggin
     file = logging.FileHandler(Path(output_dir) / f"log_rank{dist_rank}.txt", mode="a")
     file.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
     logger.addHandler(file)
+    for module in map(logging.getLogger, MODULES):
+        module.setLevel(logging.INFO)
+        module.propagate = False
+        module.handlers = list(logger.handlers)
     return logger
 
 

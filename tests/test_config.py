@@ -44,10 +44,13 @@ def test_yaml_files_are_the_official_ones(name):
     assert config == expected  # nothing else is changed
 
 
+OWN_FILES = ["configs/swin/swin_tiny_patch4_window4_64_tiny_imagenet.yaml"]
+
+
 def test_every_official_file_is_there_and_says_its_command():
     files = [path.relative_to(ROOT).as_posix() for family in FAMILIES for path in (ROOT / "configs" / family).iterdir()]
-    assert sorted(files) == sorted(OFFICIAL_FILES)
-    for name in OFFICIAL_FILES:
+    assert sorted(files) == sorted([*OFFICIAL_FILES, *OWN_FILES])
+    for name in files:
         text = (ROOT / name).read_text()
         script = next((script for part, script in SCRIPTS.items() if part in name), "main.py")
         assert "arxiv.org" in text and f" {script} --cfg {name}" in text and "# Expected:" in text

@@ -243,3 +243,34 @@ def test_accumulation_reduces_once_per_update(image_folder, tmp_path, run_script
         output = run_script(script, *small_run(image_folder, *opts), "--tag", str(steps), torchrun=2).stdout
         counts.append(int(re.search(r"REDUCTIONS (\d+)", output)[1]))
     assert counts[0] % 7 == 0 and counts[1] * 7 == counts[0] * 3
+
+
+def test_training_on_a_zip_ends_at_its_time_limit_and_keeps_the_best(image_folder, tmp_path, run_script):
+    from tools import make_zip
+
+    make_zip.make_zip(image_folder, tmp_path / "zip", ["train", "val"], workers=0)
+    opts = ["TRAIN.EPOCHS", 100000, "TRAIN.TIME_LIMIT", 0.05, "SAVE_BEST", True, "SAVE_FREQ", 1000]
+    result = run_script("main.py", "--zip", "--cache-mode", "full", *small_run(tmp_path / "zip", *opts))
+    assert "read from the archive" in result.stdout or "train.zip" in result.stdout  # what the cache says
+    saved = sorted(path.name for path in (tmp_path / SAVED).glob("ckpt_*"))
+    best = torch.load(tmp_path / SAVED / "ckpt_best.pth", weights_only=True)
+    assert len(saved) >= 2 and "ckpt_best.pth" in saved and best["classes"] == ["ant", "bee", "cat"]
+    evaluated = run_script(
+        "main.py", "--eval", "--zip", "--resume", str(tmp_path / SAVED / "ckpt_best.pth"), *small_run(tmp_path / "zip")
+    )
+    assert f"* Acc@1 {best['max_accuracy']:.3f}" in evaluated.stdout
+    again = run_script("main.py", "--zip", *small_run(tmp_path / "zip", *opts))
+    assert "auto resuming from" in again.stdout  # the same command goes on
+
+
+def test_skipped_images_are_listed_at_the_end_of_the_epoch(image_folder, run_script):
+    broken = image_folder / "val" / "ant" / "0.png"
+    broken.write_bytes(b"not an image")
+    opts = ["TRAIN.EPOCHS", 1, "DATA.ON_ERROR", "skip"]
+    result = run_script("main.py", *small_run(image_folder, *opts), torchrun=2)
+    assert "Accuracy of the network on the 10 test images" in result.stdout
+    logs = [Path(broken.parents[3] / SAVED / f"log_rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert sum(log.count("1 sample(s) skipped in evaluation by this process") for log in logs) == 1
+    assert sum(str(broken) in log for log in logs) == 1
+    failed = run_script("main.py", *small_run(image_folder, "TRAIN.EPOCHS", 1), check=False)
+    assert failed.returncode == 1 and f"cannot decode {broken}" in failed.stderr
