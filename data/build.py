@@ -1,9 +1,6 @@
 """Datasets, loaders and mixup from the configuration (official ``data/build.py``)."""
 
-import atexit
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from .shards import ShardSampler, ShardSet, StreamImages
 from .sources import FolderSource, Source, class_names
 from .tiny_imagenet import TinyImageNetSource
 from .transforms import build_transform
+from .workers import LeaveSignalsToMain
 from .zipped import ZipSource
 
 Classes = list[str] | None
@@ -230,25 +228,10 @@ def _loader(samples: Source | ShardSet, sampler: Sampler, config: Any, is_train:
         collate_fn=partial(collate, fill=is_train),
         pin_memory=config.DATA.PIN_MEMORY and torch.accelerator.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=_LeaveSignalsToMain() if workers else None,
+        worker_init_fn=LeaveSignalsToMain() if workers else None,
         generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
     )
     return DeviceLoader(loader, distributed.pick_device(), config.AUG.REMODE)
-
-
-class _LeaveSignalsToMain:
-    """Makes a worker outlive Ctrl-C and SIGTERM, which reach whole process groups: the main process saves first.
-
-    Once the main process exits, SIGTERM ends the worker, as multiprocessing expects.
-    """
-
-    def __init__(self):
-        self.exiting = multiprocessing.RawValue("b", 0)
-        atexit.register(setattr, self.exiting, "value", 1)  # runs before multiprocessing ends its children
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if self.exiting.value else None)
 
 
 def _cores_per_process() -> int:

@@ -1,10 +1,12 @@
 """The same images in every form of storage, through `build_loader`, on one rank and on many."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 import torch
-from conftest import SMALL, make_config, write_images
+from conftest import ROOT, SMALL, make_config, write_images
 
 import distributed
 from data import build_loader
@@ -126,3 +128,26 @@ def test_missing_data_names_what_is_missing(form, tmp_path):
     source = {"folder": "folder", "list": "list"}.get(form, form.split("-")[0])
     with pytest.raises((OSError, ValueError), match=str(tmp_path)):
         build_loader(make_config(None, *SMALL, "DATA.DATA_PATH", str(tmp_path), "DATA.SOURCE", source))
+
+
+DIES = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from conftest import SMALL, make_config
+from data import build_loader
+loader = build_loader(make_config(None, *SMALL, *{options!r}, "DATA.NUM_WORKERS", 2, "DATA.PIPELINE", "official"))[2]
+batches = iter(loader)
+next(batches)
+pids = [worker.pid for worker in loader.loader._iterator._workers]
+assert pids
+for queue in loader.loader._iterator._index_queues:  # as if it died while it sent an item: a part of one
+    queue._writer._send((10**6).to_bytes(4, "big") + b"x")
+os._exit(7)
+"""
+
+
+def test_workers_end_with_a_process_that_dies_in_the_middle_of_an_item(forms):
+    """They hold its output open: the command would not return."""
+    code = DIES.format(root=str(ROOT), tests=str(ROOT / "tests"), options=forms["shards"])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 7, result.stderr

@@ -21,7 +21,6 @@ import logging
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import warnings
 from collections import Counter, deque
@@ -49,6 +48,7 @@ from data.raw import RawSource
 from data.shards import ShardSet
 from data.sources import FolderSource, Source, class_names
 from data.tiny_imagenet import TinyImageNetSource
+from data.workers import start_worker
 from data.zipped import ZipSource
 from logger import ProgressBar
 from tools.scan import equal_files
@@ -397,7 +397,7 @@ def in_pool(
 def _inherit(*state: Any) -> None:
     global _STATE
     _STATE = state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    start_worker()
 
 
 def _work(task: Any) -> Any:

@@ -23,10 +23,8 @@ import multiprocessing.connection
 import os
 import re
 import shutil
-import signal
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -44,6 +42,7 @@ from data.decoding import decode_pil
 from data.raw import RECORD, RawSource, digest, records_path
 from data.shards import INDEX, ShardSet, draws
 from data.sources import FolderSource, class_names
+from data.workers import start_worker
 from logger import ProgressBar
 from tools.scan import survey
 
@@ -229,7 +228,7 @@ def write_all(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 0:
         yield from map(write_shard, jobs)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=prepare_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=start_worker)
     try:
         for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
             yield future.result()
@@ -237,17 +236,6 @@ def write_all(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
         raise OSError("a worker died while writing a shard; out of memory? use fewer --workers") from err
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def prepare_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it even where it is killed."""
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def put_in_place(partial: Path, target: Path, index: dict[str, Any]) -> None:

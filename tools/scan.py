@@ -8,8 +8,6 @@ import logging
 import multiprocessing
 import os
 import re
-import signal
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.workers import start_worker
 from logger import ProgressBar
 
 CHUNK = 32  # files of one task of a worker
@@ -177,17 +176,6 @@ def _examine_all(paths: Iterable[str], workers: int) -> Iterator[tuple[Scanned, 
         ) from err
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it even where it is killed. For any pool of a packer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _recall(line: bytes, path: str) -> Scanned | None:
