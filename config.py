@@ -25,10 +25,12 @@ _C.DATA.DATASET = "imagenet"
 _C.DATA.SOURCE = "auto"
 _C.DATA.TRAIN_SHARDS = ""  # a folder, glob, brace pattern or pipe: command; DATA_PATH/train if empty
 _C.DATA.VAL_SHARDS = ""
+_C.DATA.TRAIN_INDEX = ""  # the index.json of shards that do not have it beside them, such as those of commands
+_C.DATA.VAL_INDEX = ""
 _C.DATA.SHUFFLE_BUFFER = 2000  # samples that a stream of shards is mixed over, per process
 _C.DATA.CLASSES = ""  # a file that lists the classes to use, one per line, in the order of their numbers
 # device: crop in uint8, augment and normalise on the device; official: timm's transforms on PIL images in the workers;
-# auto: device where there is an accelerator.
+# auto: device on CUDA, where it knows the policy of AUG.AUTO_AUGMENT.
 _C.DATA.PIPELINE = "auto"
 _C.DATA.DECODER = "auto"  # pil, torchvision, cv2, simplejpeg; auto: cv2 for training in the device pipeline, else pil
 _C.DATA.ON_ERROR = "raise"  # raise, or skip: count images that cannot be used, and list them at the epoch's end
@@ -110,7 +112,7 @@ _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 or None does not clip
 _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 1
 _C.TRAIN.USE_CHECKPOINT = False
-_C.TRAIN.TIME_LIMIT = 0.0  # minutes, after which training saves and ends as if stopped; 0: none
+_C.TRAIN.TIME_LIMIT = 0.0  # minutes of training, after which it saves and ends, with exit code 0; 0: none
 _C.TRAIN.MAX_NONFINITE_STEPS = 25  # in a row, then training stops with an error
 _C.TRAIN.LAYER_DECAY = 1.0
 _C.TRAIN.LR_SCHEDULER = CfgNode()

@@ -91,8 +91,8 @@ class Run:
         return bool(self.stop_signal) or time.monotonic() >= self.deadline
 
     def stopped(self) -> Stopped:
-        """What to raise once the state is saved. Ranks that stop for another's sake take its signal for SIGTERM."""
-        if self.stop_signal or time.monotonic() < self.deadline - 0.1 * 60 * self.config.TRAIN.TIME_LIMIT:
+        """What to raise once the state is saved. A rank that stops for another's sake takes the likelier reason."""
+        if self.stop_signal or not self.config.TRAIN.TIME_LIMIT:
             return Stopped(self.stop_signal or signal.SIGTERM)
         return TimeIsUp(self.config.TRAIN.TIME_LIMIT)
 
@@ -238,9 +238,8 @@ def _finish_epoch(run: Run) -> None:
     epoch = progress.epoch
     if run.loader_val is not None:
         acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
-        best = acc1 > run.max_accuracy or run.max_accuracy == 0
         run.max_accuracy = max(run.max_accuracy, acc1)
-        if config.SAVE_BEST and best and distributed.is_main():
+        if config.SAVE_BEST and distributed.is_main() and acc1 > utils.best_accuracy(config):
             utils.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
         write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
@@ -248,7 +247,7 @@ def _finish_epoch(run: Run) -> None:
     stop = distributed.any_rank(run.should_stop(), run.session.device)
     if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
         save(run)
-    if stop and (run.stop_signal or progress.epoch < config.TRAIN.EPOCHS):
+    if stop and progress.epoch < config.TRAIN.EPOCHS:
         raise run.stopped()
 
 
@@ -342,6 +341,7 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
                 last_saved = step + 1
             if stop:
                 bar.close()
+                report_skipped(run.session, loader, "training")
                 raise run.stopped()
     meters.finish(steps - 1)
     bar.close()
@@ -392,7 +392,10 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
             )
     bar.close()
     report_skipped(session, loader, "evaluation")
-    loss, acc1, acc5 = _means(distributed.all_reduce_sum(sums))
+    sums = distributed.all_reduce_sum(sums)
+    if not sums[3]:
+        raise ValueError(f"{config.DATA.DATA_PATH}: none of the validation images can be used; the log lists them")
+    loss, acc1, acc5 = _means(sums)
     logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
     logger.info(f"Accuracy of the network on the {int(sums[3])} test images: {acc1:.1f}%")
     return acc1, acc5, loss
@@ -408,6 +411,7 @@ def _scores(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _means(sums: Tensor) -> tuple[float, float, float]:
     loss, top1, top5, images = sums.tolist()
+    images = max(images, 1)  # all of these may have been skipped
     return loss / images, 100 * top1 / images, 100 * top5 / images
 
 

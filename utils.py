@@ -208,6 +208,12 @@ def save_best(
     return path
 
 
+def best_accuracy(config: Any) -> float:
+    """That of ``OUTPUT/ckpt_best.pth``, which an earlier run may have written; -1 where there is none."""
+    path = Path(config.OUTPUT) / "ckpt_best.pth"
+    return read_checkpoint(path)["max_accuracy"] if path.exists() else -1.0
+
+
 def write_atomically(state: dict[str, Any], path: Path) -> None:
     """Save to a temporary file, flush it to the disk, rename it: a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

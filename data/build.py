@@ -1,5 +1,6 @@
 """Datasets, loaders and mixup from the configuration (official ``data/build.py``)."""
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from timm.layers import to_2tuple
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import distributed
+from config import OFFICIAL_CLASSES
 
 from .augment import Augmentation
 from .classes import SelectedClasses, read_class_list
@@ -23,13 +25,15 @@ from .lists import ListSource
 from .raw import RawSource
 from .samplers import EvalSampler, PartSampler, TrainSampler
 from .shards import ShardSampler, ShardSet, StreamImages
-from .sources import FolderSource, Source, class_names
+from .sources import FolderSource, Source
 from .tiny_imagenet import TinyImageNetSource
 from .transforms import build_transform
 from .workers import LeaveSignalsToMain
 from .zipped import ZipSource
 
 Classes = list[str] | None
+Samples = Source | ShardSet
+logger = logging.getLogger(__name__)
 
 
 def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -> tuple:
@@ -43,10 +47,10 @@ def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -
     """
     if simmim:
         raise ValueError("simmim=True: this version has no SimMIM loaders yet")
-    train = None if config.EVAL_MODE else open_split(config, "train", given_classes(config))
-    classes = train.classes if train is not None else evaluation_classes(config)
-    val = open_split(config, "val", classes)
-    settle_classes(config, train if train is not None else val, classes or val.classes)
+    train = None if config.EVAL_MODE else open_split(config, "train")
+    known = train if train is not None else training_data(config)
+    val = open_split(config, "val", known)
+    settle_classes(config, val, known)
     loader_train = None if train is None else _train_loader(train, config)
     loader_val = _eval_loader(val, config)
     dataset_train = None if train is None else loader_train.dataset
@@ -66,41 +70,42 @@ def source_kind(config: Any) -> str:
     return "zip" if zipped else "list" if config.DATA.DATASET == "imagenet22K" else "folder"
 
 
-def open_split(config: Any, split: str, classes: Classes) -> Source | ShardSet:
-    """The training (``train``) or validation (``val``) samples, numbered by ``classes``, or by their own if None."""
-    kind = source_kind(config)
-    limit = None if config.MODEL.NUM_CLASSES_FROM_DATA else config.MODEL.NUM_CLASSES
-    chosen = None if config.DATA.CLASSES else classes  # a list of classes selects from all that are there
-    source = OPEN[kind](config, split, chosen, limit)
-    if not config.DATA.CLASSES:
-        return source
+def open_split(config: Any, split: str, known: Samples | None = None) -> Samples:
+    """The training (``train``) or validation (``val``) samples, numbered as ``known``, or by their own classes if None.
+
+    ``DATA.CLASSES`` chooses among them.
+    """
+    kind, chosen = source_kind(config), config.DATA.CLASSES
+    if not chosen:
+        limit = None if config.MODEL.NUM_CLASSES_FROM_DATA else config.MODEL.NUM_CLASSES
+        return OPEN[kind](config, split, None if known is None else known.classes, limit)
     if kind == "shards":
-        raise ValueError(
-            f"DATA.CLASSES={config.DATA.CLASSES}: a stream of shards cannot leave samples out; pack them anew"
-        )
-    return SelectedClasses(source, classes)
+        raise ValueError(f"DATA.CLASSES={chosen}: a stream of shards cannot leave samples out; pack the others anew")
+    every = known.source.classes if isinstance(known, SelectedClasses) else None
+    return SelectedClasses(OPEN[kind](config, split, every, None), read_class_list(Path(chosen)), chosen)
 
 
 def _open_folder(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
-    # Every training class has images: an empty one is an error.
-    return FolderSource(_root(config) / split, None if split == "train" else classes)
+    return FolderSource(_root(config) / split, classes)
 
 
 def _open_zip(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
-    cache = config.DATA.CACHE_MODE if split == "train" else "no"  # each validation image is read once per epoch
+    mode = config.DATA.CACHE_MODE
+    if split == "val" or config.EVAL_MODE or (mode == "part" and config.DATA.CLASSES):
+        mode = "no"  # each validation image is read once per epoch; a part is not that of the chosen classes
     return ZipSource(
-        *(_root(config), split, cache, classes, limit),
+        *(_root(config), split, mode, classes, limit),
         *(distributed.rank(), distributed.world_size(), distributed.local_rank()),
         *(distributed.barrier, distributed.broadcast_object),
     )
 
 
 def _open_shards(config: Any, split: str, classes: Classes, limit: int | None) -> ShardSet:
-    pattern = config.DATA[f"{split.upper()}_SHARDS"]
-    return ShardSet(pattern or _root(config) / split, classes=classes, num_classes=limit)
+    pattern, index = (config.DATA[f"{split.upper()}_{key}"] for key in ("SHARDS", "INDEX"))
+    return ShardSet(pattern or _root(config) / split, index or None, classes=classes, num_classes=limit)
 
 
-OPEN: dict[str, Callable[[Any, str, Classes, int | None], Source | ShardSet]] = {
+OPEN: dict[str, Callable[[Any, str, Classes, int | None], Samples]] = {
     "folder": _open_folder,
     "zip": _open_zip,
     "list": lambda config, split, classes, limit: ListSource(_root(config), split, classes, limit),
@@ -110,39 +115,41 @@ OPEN: dict[str, Callable[[Any, str, Classes, int | None], Source | ShardSet]] = 
 }
 
 
-def given_classes(config: Any) -> Classes:
-    """The classes of the file ``DATA.CLASSES``, if there is one."""
-    return read_class_list(Path(config.DATA.CLASSES)) if config.DATA.CLASSES else None
+def training_data(config: Any) -> Samples | None:
+    """What evaluation numbers its samples by: the training data, where it is at hand."""
+    if not config.DATA.DATA_PATH and source_kind(config) != "shards":
+        return None
+    try:
+        return open_split(config, "train")
+    except FileNotFoundError:
+        return None
 
 
-def evaluation_classes(config: Any) -> Classes:
-    """The classes that evaluation numbers samples by: the training folders', where they are at hand."""
-    given = given_classes(config)
-    if given is not None or source_kind(config) != "folder":
-        return given
-    train = _root(config) / "train"
-    return class_names(train) if train.is_dir() else None
-
-
-def settle_classes(config: Any, samples: Source | ShardSet, classes: Classes) -> None:
+def settle_classes(config: Any, val: Samples, known: Samples | None) -> None:
     """Set ``MODEL.NUM_CLASSES`` to the data's number of classes, or check the given number against it."""
-    if classes is not None:
-        count = len(classes)
-    elif isinstance(samples, ShardSet):
-        count = samples.num_classes
-        if count is None and config.MODEL.NUM_CLASSES_FROM_DATA:
-            raise ValueError(f"{samples.urls[0]}: no index says how many classes there are; give MODEL.NUM_CLASSES")
-    else:
-        count = int(samples.labels.max()) + 1
+    samples = val if known is None else known
+    count = class_count(samples)
+    if count is None and config.MODEL.NUM_CLASSES_FROM_DATA:
+        raise ValueError(f"{samples.urls[0]}: no index says how many classes there are; give MODEL.NUM_CLASSES")
+    if known is None and samples.classes is None:  # labels of validation alone may lack the last classes
+        count = max(count or 0, OFFICIAL_CLASSES.get(config.DATA.DATASET, 0))
     config.defrost()
     if config.MODEL.NUM_CLASSES_FROM_DATA:
         config.MODEL.NUM_CLASSES = count
     config.freeze()
-    if count is not None and count > config.MODEL.NUM_CLASSES:
-        raise ValueError(
-            f"{config.DATA.DATA_PATH} has {count} classes, but the head has MODEL.NUM_CLASSES="
-            f"{config.MODEL.NUM_CLASSES}; leave that key out to take the number from the data"
-        )
+    for found in (count, class_count(val)):
+        if found is not None and found > config.MODEL.NUM_CLASSES:
+            raise ValueError(
+                f"{config.DATA.DATA_PATH} has {found} classes, but the head has MODEL.NUM_CLASSES="
+                f"{config.MODEL.NUM_CLASSES}; leave that key out to take the number from the training data"
+            )
+
+
+def class_count(samples: Samples) -> int | None:
+    """How many classes there are, by their names or their largest label; None for a stream that does not say."""
+    if samples.classes is not None:
+        return len(samples.classes)
+    return samples.num_classes if isinstance(samples, ShardSet) else int(samples.labels.max()) + 1
 
 
 def build_mixup(config: Any) -> Mixup | None:
@@ -172,30 +179,48 @@ def _root(config: Any) -> Path:
 
 def build_decoding(config: Any, is_train: bool) -> tuple[Callable, Callable]:
     """The decoder and the transform of samples, for ``DATA.PIPELINE`` and ``DATA.DECODER``."""
-    pipeline, name = config.DATA.PIPELINE, config.DATA.DECODER
-    on_device = pipeline == "device" or (pipeline == "auto" and distributed.pick_device().type != "cpu")
-    decode = build_decoder(("cv2" if on_device and is_train else "pil") if name == "auto" else name)
+    pipeline, name = resolve_pipeline(config), config.DATA.DECODER
+    on_device = pipeline == "device"
+    name = ("cv2" if on_device and is_train else "pil") if name == "auto" else name
+    logger.info(f"{'training' if is_train else 'evaluation'} images: decoder {name}, pipeline {pipeline}")
+    decode = build_decoder(name)
     if not on_device:
         return partial(_decode_as_pil, decode), build_transform(is_train, config)
     if not is_train:
         return decode, FastEval(build_transform(False, config).transforms[:-2])
+    size = to_2tuple(config.DATA.IMG_SIZE)
+    return decode, FastTrain(size, config.AUG.HFLIP, config.DATA.INTERPOLATION, build_augmentation(config))
+
+
+def resolve_pipeline(config: Any) -> str:
+    """What ``auto`` stands for: device on CUDA, which has the float64 that it needs, for policies that it knows."""
+    if config.DATA.PIPELINE != "auto":
+        return config.DATA.PIPELINE
+    if distributed.pick_device().type != "cuda":
+        return "official"
+    try:
+        build_augmentation(config)
+    except ValueError:
+        return "official"
+    return "device"
+
+
+def build_augmentation(config: Any) -> Augmentation:
+    """What workers draw for the device. Raises ``ValueError`` for policies that only the official pipeline has."""
     aug, size = config.AUG, to_2tuple(config.DATA.IMG_SIZE)
-    augmentation = Augmentation(
-        size, aug.AUTO_AUGMENT, aug.COLOR_JITTER, config.DATA.INTERPOLATION, aug.REPROB, aug.RECOUNT
-    )
-    return decode, FastTrain(size, aug.HFLIP, config.DATA.INTERPOLATION, augmentation)
+    return Augmentation(size, aug.AUTO_AUGMENT, aug.COLOR_JITTER, config.DATA.INTERPOLATION, aug.REPROB, aug.RECOUNT)
 
 
 def _decode_as_pil(decode: Callable, data: Any, name: str) -> Any:
     return as_pil(decode(data, name))
 
 
-def _train_loader(samples: Source | ShardSet, config: Any) -> DeviceLoader:
+def _train_loader(samples: Samples, config: Any) -> DeviceLoader:
     rank, world_size, seed = distributed.rank(), distributed.world_size(), config.SEED
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, seed, buffer=config.DATA.SHUFFLE_BUFFER)
     elif isinstance(samples, ZipSource) and config.DATA.CACHE_MODE == "part":
-        sampler = PartSampler(samples.own_indices(), len(samples) // world_size, seed)
+        sampler = PartSampler(samples.own_indices(), len(samples) // world_size, rank, seed)
     else:
         sampler = TrainSampler(len(samples), rank, world_size, seed)
     if len(sampler) < config.DATA.BATCH_SIZE:
@@ -206,7 +231,7 @@ def _train_loader(samples: Source | ShardSet, config: Any) -> DeviceLoader:
     return _loader(samples, sampler, config, is_train=True)
 
 
-def _eval_loader(samples: Source | ShardSet, config: Any) -> DeviceLoader:
+def _eval_loader(samples: Samples, config: Any) -> DeviceLoader:
     rank, world_size, test = distributed.rank(), distributed.world_size(), config.TEST
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, train=False)
@@ -215,7 +240,7 @@ def _eval_loader(samples: Source | ShardSet, config: Any) -> DeviceLoader:
     return _loader(samples, sampler, config, is_train=False)
 
 
-def _loader(samples: Source | ShardSet, sampler: Sampler, config: Any, is_train: bool) -> DeviceLoader:
+def _loader(samples: Samples, sampler: Sampler, config: Any, is_train: bool) -> DeviceLoader:
     make: type[Dataset] = StreamImages if isinstance(samples, ShardSet) else Images
     dataset = make(samples, *build_decoding(config, is_train), config.SEED, config.DATA.ON_ERROR == "skip")
     workers = min(config.DATA.NUM_WORKERS, _cores_per_process())

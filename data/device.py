@@ -44,7 +44,7 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Leaving early needs no care: the loader's iterator and what was prefetched go with this generator."""
+        """Leaving early needs no care: persistent workers begin anew with the next iteration."""
         return map(self._finished, self._batches()) if self.stream is None else self._prefetched()
 
     def take_skipped(self) -> list[str]:
@@ -69,16 +69,24 @@ class DeviceLoader:
         return images, targets
 
     def _prefetched(self) -> Iterator[tuple[Tensor, Tensor]]:
-        ahead = None
-        for batch in self._batches():
-            with torch.cuda.stream(self.stream):
-                finished = self._finished(batch)
-                ready = self.stream.record_event()
+        ahead = failure = None
+        batches = self._batches()
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as err:  # what was read before it is still good
+                batch, failure = None, err
+            following = None
+            if batch is not None:
+                with torch.cuda.stream(self.stream):
+                    following = self._finished(batch), self.stream.record_event()
             if ahead is not None:
                 yield self._hand_over(*ahead)
-            ahead = finished, ready
-        if ahead is not None:
-            yield self._hand_over(*ahead)
+            if failure is not None:
+                raise failure
+            if following is None:
+                return
+            ahead = following
 
     def _hand_over(self, batch: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
         """Let the user's stream wait for the batch, and the allocator keep the memory until that stream is done."""

@@ -1,8 +1,9 @@
 """The fast pipeline's part in the workers: crop, resize and flip in uint8; the device does the rest (data/device.py).
 
 A sample draws from one generator of its own (`sample_generator`), so that it looks the same whatever the number of
-workers or ranks, and wherever training is resumed. Drawing from the three global generators, as the official
-transforms do, would cost more than the resizing of a small photograph.
+workers or ranks, and wherever training is resumed; but for the noise in erased boxes, which its batch draws. Drawing
+from the three global generators, as the official transforms do, would cost more than the resizing of a small
+photograph.
 """
 
 import math
@@ -52,9 +53,9 @@ def random_crop(height: int, width: int, ratio: tuple[float, float], rng: random
     # The largest middle part of an allowed aspect. An oblong photograph may hardly have room for a crop.
     w, h = width, height
     if width / height < ratio[0]:
-        h = round(width / ratio[0])
+        h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+        w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

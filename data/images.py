@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from . import fast
 from .sources import Source
@@ -54,16 +54,22 @@ class Samples(Dataset):
         """(image, label) of a sample; without an epoch nothing is drawn, as for evaluation."""
         try:
             image = self.decode(read(), name)
+            try:
+                return self._transformed(image, epoch, number), label
+            except (OSError, ValueError) as err:
+                raise ValueError(f"{name}: {err}") from err
         except (OSError, ValueError) as err:
             if not self.skip:
                 raise
             return Skipped(" ".join(str(err).split()))
+
+    def _transformed(self, image: Any, epoch: int | None, number: int) -> Any:
         if epoch is None:
-            return self.transform(image), label
+            return self.transform(image)
         if getattr(self.transform, "takes_generator", False):
-            return self.transform(image, fast.sample_generator(self.seed, epoch, number)), label
+            return self.transform(image, fast.sample_generator(self.seed, epoch, number))
         with seeded(self.seed, epoch, number):
-            return self.transform(image), label
+            return self.transform(image)
 
 
 class Images(Samples):
@@ -119,8 +125,13 @@ def _stack(samples: Sequence[Any]) -> tuple:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Run with Python's, NumPy's and torch's generators seeded from ``key``, then put them back."""
-    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Run with Python's, NumPy's and torch's generators seeded from ``key``, then put them back.
+
+    In a loader's worker nobody else draws: there they stay as they are, since putting them back takes most of the time.
+    """
+    saved = None
+    if get_worker_info() is None:
+        saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -128,6 +139,11 @@ def seeded(*key: int) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(saved[0])
-        np.random.set_state(saved[1])
-        torch.set_rng_state(saved[2])
+        if saved is not None:
+            _restore(saved)
+
+
+def _restore(saved: tuple) -> None:
+    random.setstate(saved[0])
+    np.random.set_state(saved[1])
+    torch.set_rng_state(saved[2])

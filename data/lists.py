@@ -155,6 +155,7 @@ def collect(
     def encoded() -> Iterator[bytes]:
         for number, (path, label) in enumerate(pairs, 1):
             try:
+                label = int(label) if isinstance(label, str) and label.isdecimal() else label
                 check(path, label, limit)
                 folders.add(path, label)
                 labels.append(label)

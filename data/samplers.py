@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -38,14 +39,17 @@ class PartSampler(TrainSampler):
     Args:
         own: the rank's samples.
         count: how many of them an epoch has; which ones are left out changes from epoch to epoch.
+        rank: ranks shuffle differently, since samples at equal places are neighbours, and often of one class.
     """
 
-    def __init__(self, own: Sequence[int], count: int, seed: int = 0):
+    def __init__(self, own: Sequence[int], count: int, rank: int = 0, seed: int = 0):
         super().__init__(count, seed=seed)
         self.own = own
+        self.key = rank
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        words = np.random.SeedSequence((self.seed, self.epoch, self.key)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
         order = torch.randperm(len(self.own), generator=generator).tolist()
         return iter([(self.epoch, self.own[place]) for place in order[self.start : self.length]])
 

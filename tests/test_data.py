@@ -249,14 +249,17 @@ def test_contradicting_sources_are_an_error(image_folder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_that_keep_a_part_in_memory_see_only_that_part(world_size):
+    places = set()
     for rank in range(world_size):
         own = range(rank, 31, world_size)
-        sampler = PartSampler(own, 31 // world_size, seed=1)
+        sampler = PartSampler(own, 31 // world_size, rank, seed=1)
         sampler.set_epoch(1)
         seen = [index for _, index in sampler]
         assert len(seen) == len(set(seen)) == len(sampler) == 31 // world_size and set(seen) <= set(own)
+        places.add(tuple(index // world_size for index in seen))
         sampler.set_epoch(1, start=4)
         assert [index for _, index in sampler] == seen[4:]
+    assert len(places) == world_size  # neighbours in the archive do not meet in a batch
 
 
 def break_image(folder: Path, name: str) -> str:

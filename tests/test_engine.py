@@ -415,3 +415,47 @@ def test_an_elastic_restart_goes_on_where_training_was(image_folder, tmp_path, m
         assert engine.find_checkpoint(session).endswith("ckpt_epoch_1.pth")
     with start(image_folder, tmp_path / "fresh", "MODEL.RESUME", first) as session:
         assert engine.find_checkpoint(session) == first  # nothing newer yet
+
+
+def test_training_ends_at_its_time_limit_and_goes_on_later(image_folder, tmp_path, monkeypatch):
+    """The clock is ours: it strikes at the third update."""
+    from launch import TimeIsUp
+
+    with start(image_folder, tmp_path, "TRAIN.TIME_LIMIT", 60.0, "SAVE_BEST", True) as session:
+        run, mixup = prepared(session)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Run, "should_stop", lambda self: self.progress.updates >= 3)
+            with pytest.raises(TimeIsUp, match=r"the time limit of 60.0 minute") as stop:
+                engine.fit(run, SupervisedLoss(mixup, 0.1))
+        assert stop.value.exit_code == 0
+        path = engine.find_checkpoint(session)
+        assert path.endswith("ckpt_epoch_0_step_3.pth")
+        run, mixup = prepared(session)
+        engine.restore(run, path)
+        assert run.progress.updates == 3
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+        assert run.progress.epoch == session.config.TRAIN.EPOCHS
+
+
+def test_the_best_weights_of_an_earlier_run_are_kept(image_folder, tmp_path):
+    from pathlib import Path
+
+    with start(image_folder, tmp_path, "SAVE_BEST", True, "TRAIN.EPOCHS", 1) as session:
+        run, mixup = prepared(session)
+        path = Path(session.config.OUTPUT) / "ckpt_best.pth"
+        torch.save({"model": run.model.state_dict(), "max_accuracy": 100.5}, path)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+        assert torch.load(path, weights_only=True)["max_accuracy"] == 100.5
+        torch.save({"model": run.model.state_dict(), "max_accuracy": -0.5}, path)
+        run, mixup = prepared(session)
+        engine.fit(run, SupervisedLoss(mixup, 0.1))
+        assert torch.load(path, weights_only=True)["max_accuracy"] >= 0
+
+
+def test_validation_without_any_usable_image_is_an_error(image_folder, tmp_path):
+    for path in (image_folder / "val").rglob("*.png"):
+        path.write_bytes(b"nothing")
+    with start(image_folder, tmp_path, "DATA.ON_ERROR", "skip") as session:
+        run, _ = prepared(session)
+        with pytest.raises(ValueError, match="none of the validation images can be used"):
+            engine.validate(session, run.model, run.loader_val)

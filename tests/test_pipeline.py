@@ -1,15 +1,19 @@
 """The same images in every form of storage, through `build_loader`, on one rank and on many."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, make_config, write_images
+from PIL import Image
 
 import distributed
 from data import build_loader
+from data.build import resolve_pipeline
 from tools import make_22k_list, make_shards, make_zip
 
 FORMS = ["folder", "zip", "zip-part", "zip-full", "list", "shards", "raw"]
@@ -151,3 +155,71 @@ def test_workers_end_with_a_process_that_dies_in_the_middle_of_an_item(forms):
     code = DIES.format(root=str(ROOT), tests=str(ROOT / "tests"), options=forms["shards"])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 7, result.stderr
+
+
+def test_classes_are_chosen_the_same_in_every_form(forms, tmp_path):
+    (tmp_path / "classes.txt").write_text("n03\nn01\n")
+    for form in FORMS:
+        options = [*forms[form], "DATA.CLASSES", str(tmp_path / "classes.txt"), "MODEL.NUM_CLASSES", 2]
+        if form == "shards":
+            with pytest.raises(ValueError, match="a stream of shards cannot leave samples out"):
+                loaders(options)
+            continue
+        for flags in ({}, {"eval": True}):
+            train, val, *_ = build_loader(make_config(None, *SMALL, *options, **flags))
+            assert (train is None or len(train) == 20) and len(val) == 9 and val.classes == ["n03", "n01"], form
+    (tmp_path / "classes.txt").write_text("n03\nn0x\n")
+    with pytest.raises(ValueError, match=r"classes.txt: the data lacks 1 of the 2 classes \('n0x'\)"):
+        loaders([*forms["zip"], "DATA.CLASSES", str(tmp_path / "classes.txt")])
+
+
+def test_commands_give_shards(forms):
+    root = Path(forms["shards"][1])
+    options = ["DATA.SOURCE", "shards", "DATA.DATA_PATH", ""]
+    for split in ("train", "val"):
+        last = len(list((root / split).glob("*.tar"))) - 1
+        shards = f"pipe:cat {root}/{split}/shard-{{000000..{last:06d}}}.tar"
+        options += [f"DATA.{split.upper()}_SHARDS", shards, f"DATA.{split.upper()}_INDEX", f"{root}/{split}/index.json"]
+    assert seen(loaders(options)[1]) == seen(loaders(forms["shards"])[1])
+
+
+def test_labels_without_names_are_counted_in_training_data(tmp_path):
+    """The validation list lacks the last class; a label that training lacks is an error."""
+    write_images(tmp_path, ["flat"], 12)
+    lists = {
+        "train": [[f"flat/{i}.png", i % 3] for i in range(12)],
+        "val": [[f"flat/{i}.png", i % 2] for i in range(4)],
+    }
+    for split, entries in lists.items():
+        (tmp_path / f"ILSVRC2011fall_whole_map_{split}.txt").write_text(json.dumps(entries))
+    options = ["DATA.DATA_PATH", str(tmp_path), "DATA.SOURCE", "list"]
+    for flags in ({}, {"eval": True}):
+        config = make_config(None, *SMALL, *options, **flags)
+        build_loader(config)
+        assert config.MODEL.NUM_CLASSES == 3
+    (tmp_path / "ILSVRC2011fall_whole_map_val.txt").write_text(json.dumps([["flat/0.png", 7]]))
+    with pytest.raises(ValueError, match=r"has 8 classes, but the head has MODEL.NUM_CLASSES=3"):
+        build_loader(make_config(None, *SMALL, *options))
+
+
+def test_auto_leaves_what_the_device_cannot_do_to_the_official_pipeline(monkeypatch):
+    assert resolve_pipeline(make_config(None, "DATA.PIPELINE", "device")) == "device"
+    for device, policy, expected in (
+        ("cpu", "rand-m9-mstd0.5-inc1", "official"),
+        ("cuda", "rand-m9-mstd0.5-inc1", "device"),
+        ("cuda", "original", "official"),
+        ("mps", "rand-m9-mstd0.5-inc1", "official"),
+    ):
+        monkeypatch.setattr(distributed, "pick_device", lambda device=device: torch.device(device))
+        assert resolve_pipeline(make_config(None, "AUG.AUTO_AUGMENT", policy)) == expected
+
+
+def test_errors_of_transforms_name_the_image_and_can_be_skipped(tmp_path):
+    for split, count in (("train", 8), ("val", 2)):
+        write_images(tmp_path / split, ["a"], count)
+    Image.new("RGB", (5, 5)).save(tmp_path / "train" / "a" / "0.png")
+    for pipeline in ("device", "official"):
+        options = ["DATA.DATA_PATH", str(tmp_path), "DATA.PIPELINE", pipeline]
+        with pytest.raises(ValueError, match=r"train/a/0\.png: "):
+            list(loaders(options)[0])
+        assert [len(images) for images, _ in loaders(options, "DATA.ON_ERROR", "skip")[0]] == [4, 4]

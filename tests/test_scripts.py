@@ -245,22 +245,20 @@ def test_accumulation_reduces_once_per_update(image_folder, tmp_path, run_script
     assert counts[0] % 7 == 0 and counts[1] * 7 == counts[0] * 3
 
 
-def test_training_on_a_zip_ends_at_its_time_limit_and_keeps_the_best(image_folder, tmp_path, run_script):
+def test_training_on_a_zip_keeps_the_best_weights(image_folder, tmp_path, run_script):
     from tools import make_zip
 
     make_zip.make_zip(image_folder, tmp_path / "zip", ["train", "val"], workers=0)
-    opts = ["TRAIN.EPOCHS", 100000, "TRAIN.TIME_LIMIT", 0.05, "SAVE_BEST", True, "SAVE_FREQ", 1000]
+    opts = ["TRAIN.EPOCHS", 2, "SAVE_BEST", True]
     result = run_script("main.py", "--zip", "--cache-mode", "full", *small_run(tmp_path / "zip", *opts))
-    assert "read from the archive" in result.stdout or "train.zip" in result.stdout  # what the cache says
-    saved = sorted(path.name for path in (tmp_path / SAVED).glob("ckpt_*"))
+    assert "decoder pil, pipeline official" in result.stdout and "train.zip" in result.stdout  # data's own lines
     best = torch.load(tmp_path / SAVED / "ckpt_best.pth", weights_only=True)
-    assert len(saved) >= 2 and "ckpt_best.pth" in saved and best["classes"] == ["ant", "bee", "cat"]
+    accuracies = [float(value) for value in re.findall(r"\* Acc@1 ([\d.]+)", result.stdout)]
+    assert best["max_accuracy"] == pytest.approx(max(accuracies), abs=1e-3) and best["classes"] == ["ant", "bee", "cat"]
     evaluated = run_script(
         "main.py", "--eval", "--zip", "--resume", str(tmp_path / SAVED / "ckpt_best.pth"), *small_run(tmp_path / "zip")
     )
     assert f"* Acc@1 {best['max_accuracy']:.3f}" in evaluated.stdout
-    again = run_script("main.py", "--zip", *small_run(tmp_path / "zip", *opts))
-    assert "auto resuming from" in again.stdout  # the same command goes on
 
 
 def test_skipped_images_are_listed_at_the_end_of_the_epoch(image_folder, run_script):

