@@ -74,6 +74,7 @@ class Run:
     writer: SummaryWriter | None = None
     stop_signal: int = 0
     deadline: float = math.inf  # of TRAIN.TIME_LIMIT, on the monotonic clock
+    best_saved: float = -1.0  # accuracy of ckpt_best.pth
 
     def __post_init__(self):
         self.replica = self.model
@@ -215,6 +216,8 @@ def fit(run: Run, compute_loss: ComputeLoss) -> float:
         path = Path(config.OUTPUT) / "config.json"
         path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         logger.info(f"Full config saved to {path}")
+        if config.SAVE_BEST:
+            run.best_saved = utils.best_accuracy(config)
         run.writer = SummaryWriter(config.OUTPUT, purge_step=run.progress.updates + 1)
     logger.info("Start training")
     began = time.time()
@@ -239,7 +242,8 @@ def _finish_epoch(run: Run) -> None:
     if run.loader_val is not None:
         acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
         run.max_accuracy = max(run.max_accuracy, acc1)
-        if config.SAVE_BEST and distributed.is_main() and acc1 > utils.best_accuracy(config):
+        if config.SAVE_BEST and distributed.is_main() and acc1 > run.best_saved:
+            run.best_saved = acc1
             utils.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
         write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})

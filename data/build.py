@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -21,18 +21,18 @@ from .decoding import as_pil, build_decoder
 from .device import DeviceLoader
 from .fast import FastEval, FastTrain
 from .images import Images, collate
-from .lists import ListSource
+from .lists import LISTS, ListSource, collect
 from .raw import RawSource
 from .samplers import EvalSampler, PartSampler, TrainSampler
 from .shards import ShardSampler, ShardSet, StreamImages
-from .sources import FolderSource, Source
+from .sources import FolderSource, Source, class_names
 from .tiny_imagenet import TinyImageNetSource
 from .transforms import build_transform
 from .workers import LeaveSignalsToMain
-from .zipped import ZipSource
+from .zipped import MAPS, ZipSource, map_lines
 
 Classes = list[str] | None
-Samples = Source | ShardSet
+Stored = Source | ShardSet
 logger = logging.getLogger(__name__)
 
 
@@ -48,8 +48,8 @@ def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -
     if simmim:
         raise ValueError("simmim=True: this version has no SimMIM loaders yet")
     train = None if config.EVAL_MODE else open_split(config, "train")
-    known = train if train is not None else training_data(config)
-    val = open_split(config, "val", known)
+    known = training_classes(config) if train is None else known_of(train)
+    val = open_split(config, "val", known.names)
     settle_classes(config, val, known)
     loader_train = None if train is None else _train_loader(train, config)
     loader_val = _eval_loader(val, config)
@@ -70,19 +70,19 @@ def source_kind(config: Any) -> str:
     return "zip" if zipped else "list" if config.DATA.DATASET == "imagenet22K" else "folder"
 
 
-def open_split(config: Any, split: str, known: Samples | None = None) -> Samples:
-    """The training (``train``) or validation (``val``) samples, numbered as ``known``, or by their own classes if None.
+def open_split(config: Any, split: str, names: Classes = None) -> Stored:
+    """The training (``train``) or validation (``val``) samples; ``DATA.CLASSES`` chooses among them.
 
-    ``DATA.CLASSES`` chooses among them.
+    Args:
+        names: all classes by number; those that the data itself names if None.
     """
     kind, chosen = source_kind(config), config.DATA.CLASSES
     if not chosen:
         limit = None if config.MODEL.NUM_CLASSES_FROM_DATA else config.MODEL.NUM_CLASSES
-        return OPEN[kind](config, split, None if known is None else known.classes, limit)
+        return OPEN[kind](config, split, names, limit)
     if kind == "shards":
         raise ValueError(f"DATA.CLASSES={chosen}: a stream of shards cannot leave samples out; pack the others anew")
-    every = known.source.classes if isinstance(known, SelectedClasses) else None
-    return SelectedClasses(OPEN[kind](config, split, every, None), read_class_list(Path(chosen)), chosen)
+    return SelectedClasses(OPEN[kind](config, split, names, None), read_class_list(Path(chosen)), chosen)
 
 
 def _open_folder(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
@@ -91,7 +91,7 @@ def _open_folder(config: Any, split: str, classes: Classes, limit: int | None) -
 
 def _open_zip(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
     mode = config.DATA.CACHE_MODE
-    if split == "val" or config.EVAL_MODE or (mode == "part" and config.DATA.CLASSES):
+    if split == "val" or (mode == "part" and config.DATA.CLASSES):
         mode = "no"  # each validation image is read once per epoch; a part is not that of the chosen classes
     return ZipSource(
         *(_root(config), split, mode, classes, limit),
@@ -105,7 +105,7 @@ def _open_shards(config: Any, split: str, classes: Classes, limit: int | None) -
     return ShardSet(pattern or _root(config) / split, index or None, classes=classes, num_classes=limit)
 
 
-OPEN: dict[str, Callable[[Any, str, Classes, int | None], Samples]] = {
+OPEN: dict[str, Callable[[Any, str, Classes, int | None], Stored]] = {
     "folder": _open_folder,
     "zip": _open_zip,
     "list": lambda config, split, classes, limit: ListSource(_root(config), split, classes, limit),
@@ -115,37 +115,52 @@ OPEN: dict[str, Callable[[Any, str, Classes, int | None], Samples]] = {
 }
 
 
-def training_data(config: Any) -> Samples | None:
-    """What evaluation numbers its samples by: the training data, where it is at hand."""
-    if not config.DATA.DATA_PATH and source_kind(config) != "shards":
-        return None
-    try:
-        return open_split(config, "train")
-    except FileNotFoundError:
-        return None
+class Known(NamedTuple):
+    """What training data says of classes: all names, before any are chosen, and their number; None if unknown."""
+
+    names: Classes
+    count: int | None
 
 
-def settle_classes(config: Any, val: Samples, known: Samples | None) -> None:
+def known_of(train: Stored) -> Known:
+    return Known(train.source.classes if isinstance(train, SelectedClasses) else train.classes, class_count(train))
+
+
+def training_classes(config: Any) -> Known:
+    """What evaluation takes from training data that is at hand: no more than names and labels are read of it."""
+    kind, names, count = source_kind(config), None, None
+    if kind == "folder" and (train := _root(config) / "train").is_dir():
+        names = class_names(train)
+        count = len(names)
+    elif kind == "zip" and (train := _root(config) / MAPS["train"]).is_file():
+        _, labels, names = collect(train, "line", map_lines(train))
+        count = int(labels.max()) + 1
+    elif kind == "list" and config.DATA.DATASET not in OFFICIAL_CLASSES and (_root(config) / LISTS["train"]).is_file():
+        names, count = known_of(ListSource(_root(config), "train"))
+    return Known(names, count)  # raw and tar shards say it in the index of either split
+
+
+def settle_classes(config: Any, val: Stored, known: Known) -> None:
     """Set ``MODEL.NUM_CLASSES`` to the data's number of classes, or check the given number against it."""
-    samples = val if known is None else known
-    count = class_count(samples)
+    found = class_count(val)
+    count = found if config.DATA.CLASSES else known.count
+    if count is None:  # labels of validation alone may lack the last classes
+        count = OFFICIAL_CLASSES.get(config.DATA.DATASET, found)
     if count is None and config.MODEL.NUM_CLASSES_FROM_DATA:
-        raise ValueError(f"{samples.urls[0]}: no index says how many classes there are; give MODEL.NUM_CLASSES")
-    if known is None and samples.classes is None:  # labels of validation alone may lack the last classes
-        count = max(count or 0, OFFICIAL_CLASSES.get(config.DATA.DATASET, 0))
+        raise ValueError(f"{val.urls[0]}: no index says how many classes there are; give MODEL.NUM_CLASSES")
     config.defrost()
     if config.MODEL.NUM_CLASSES_FROM_DATA:
         config.MODEL.NUM_CLASSES = count
     config.freeze()
-    for found in (count, class_count(val)):
-        if found is not None and found > config.MODEL.NUM_CLASSES:
-            raise ValueError(
-                f"{config.DATA.DATA_PATH} has {found} classes, but the head has MODEL.NUM_CLASSES="
-                f"{config.MODEL.NUM_CLASSES}; leave that key out to take the number from the training data"
-            )
+    most = max(count or 0, found or 0)
+    if most > config.MODEL.NUM_CLASSES:
+        raise ValueError(
+            f"{config.DATA.DATA_PATH} has {most} classes, but the head has MODEL.NUM_CLASSES="
+            f"{config.MODEL.NUM_CLASSES}; leave that key out to take the number from the training data"
+        )
 
 
-def class_count(samples: Samples) -> int | None:
+def class_count(samples: Stored) -> int | None:
     """How many classes there are, by their names or their largest label; None for a stream that does not say."""
     if samples.classes is not None:
         return len(samples.classes)
@@ -215,7 +230,7 @@ def _decode_as_pil(decode: Callable, data: Any, name: str) -> Any:
     return as_pil(decode(data, name))
 
 
-def _train_loader(samples: Samples, config: Any) -> DeviceLoader:
+def _train_loader(samples: Stored, config: Any) -> DeviceLoader:
     rank, world_size, seed = distributed.rank(), distributed.world_size(), config.SEED
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, seed, buffer=config.DATA.SHUFFLE_BUFFER)
@@ -231,7 +246,7 @@ def _train_loader(samples: Samples, config: Any) -> DeviceLoader:
     return _loader(samples, sampler, config, is_train=True)
 
 
-def _eval_loader(samples: Samples, config: Any) -> DeviceLoader:
+def _eval_loader(samples: Stored, config: Any) -> DeviceLoader:
     rank, world_size, test = distributed.rank(), distributed.world_size(), config.TEST
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, train=False)
@@ -240,7 +255,7 @@ def _eval_loader(samples: Samples, config: Any) -> DeviceLoader:
     return _loader(samples, sampler, config, is_train=False)
 
 
-def _loader(samples: Samples, sampler: Sampler, config: Any, is_train: bool) -> DeviceLoader:
+def _loader(samples: Stored, sampler: Sampler, config: Any, is_train: bool) -> DeviceLoader:
     make: type[Dataset] = StreamImages if isinstance(samples, ShardSet) else Images
     dataset = make(samples, *build_decoding(config, is_train), config.SEED, config.DATA.ON_ERROR == "skip")
     workers = min(config.DATA.NUM_WORKERS, _cores_per_process())

@@ -1,6 +1,7 @@
 """The same images in every form of storage, through `build_loader`, on one rank and on many."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -223,3 +224,16 @@ def test_errors_of_transforms_name_the_image_and_can_be_skipped(tmp_path):
         with pytest.raises(ValueError, match=r"train/a/0\.png: "):
             list(loaders(options)[0])
         assert [len(images) for images, _ in loaders(options, "DATA.ON_ERROR", "skip")[0]] == [4, 4]
+
+
+def test_evaluation_reads_no_more_of_training_data_than_its_classes(forms, tmp_path):
+    """Class folders may be empty, archives absent: names and labels alone are asked for."""
+    for form in ("folder", "zip"):
+        shutil.copytree(forms[form][1], tmp_path / form)
+        for image in (tmp_path / form / "train").rglob("*.png"):
+            image.unlink()
+        (tmp_path / form / "train.zip").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / form / "val" / "n02", ignore_errors=True)
+        config = make_config(None, *SMALL, *forms[form], "DATA.DATA_PATH", str(tmp_path / form), eval=True)
+        _, val, *_ = build_loader(config)
+        assert config.MODEL.NUM_CLASSES == 3 and val.classes == ["n01", "n02", "n03"] and max(val.source.labels) == 2
