@@ -51,8 +51,9 @@ from benchmarks.throughput import describe_machine  # noqa: E402 - a script outs
 from config import get_config  # noqa: E402
 from data.augment import Finish  # noqa: E402
 from data.build import build_loader  # noqa: E402
-from data.shards import IMAGE_SUFFIXES, ShardSet  # noqa: E402
+from data.shards import ShardSet  # noqa: E402
 from data.sources import FolderSource  # noqa: E402
+from data.tar import IMAGE_SUFFIXES  # noqa: E402
 from data.transforms import build_transform, posterize  # noqa: E402
 from logger import ProgressBar  # noqa: E402
 from tools.make_22k_list import make_lists  # noqa: E402

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import distributed
 from config import OFFICIAL_CLASSES
 
-from .augment import Augmentation
 from .classes import SelectedClasses, read_class_list
 from .decoding import as_pil, build_decoder
 from .device import DeviceLoader
 from .fast import FastEval, FastTrain
 from .images import Images, collate
 from .lists import LISTS, ListSource, collect
+from .policies import Augmentation
 from .raw import RawSource
 from .samplers import EvalSampler, PartSampler, TrainSampler
 from .shards import ShardSampler, ShardSet, StreamImages

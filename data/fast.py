@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .augment import Augmentation, Box, Draw, Plan
+from .augment import Box, Draw, Plan
 from .decoding import as_pil
+from .policies import Augmentation
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's shares of the area and aspects (width by height)
 SMALL, PADDING = 32, 4  # up to this size, images are padded and cropped instead

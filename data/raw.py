@@ -2,7 +2,7 @@
 
 A folder holds, for each shard, ``<name>.raw``: the pixels of its images one after the other without gaps, uint8, row by
 row, each pixel red, green, blue; and ``<name>.npy``: an array of `RECORD`, one for each image in the same order. Its
-``index.json`` is one of format raw as `data.shards.read_index` reads it, with the names, sizes and digests of the
+``index.json`` is one of format raw as `shard_index.read_index` reads it, with the names, sizes and digests of the
 ``.raw`` files; ``records_sha256`` is the digest of the ``.npy`` file.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .shards import INDEX, read_index, settle_classes
+from .shard_index import INDEX, read_index, settle_classes
 from .sources import Source
 
 # offset: of the first byte; height, width: in pixels; label: the number of the class

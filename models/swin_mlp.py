@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .backbone import Backbone, Block, Stage, drop_path_layer
+from .backbone import Backbone, Stage
+from .blocks import Block, drop_path_layer
 from .layers import (
     Mlp,
     Pair,

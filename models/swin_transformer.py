@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from checkpoint import resize_bias_table
 
 from .attention import AttentionBase
-from .backbone import AttentionBlock, Backbone, Stage
+from .backbone import Backbone, Stage
+from .blocks import AttentionBlock
 from .layers import Mlp, Pair, PatchEmbed, PatchMerging, window_partition, window_reverse
 
 __all__ = [

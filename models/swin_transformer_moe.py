@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .backbone import AttentionBlock, Backbone, Stage
+from .backbone import Backbone, Stage
+from .blocks import AttentionBlock
 from .layers import Mlp, Pair, PatchEmbed, PatchMerging, window_partition, window_reverse
 from .swin_transformer_v2 import ContinuousBias, check_window_sizes
 

@@ -14,7 +14,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from .attention import AttentionBase
-from .backbone import AttentionBlock, Backbone, Stage
+from .backbone import Backbone, Stage
+from .blocks import AttentionBlock
 from .layers import (
     Mlp,
     Pair,

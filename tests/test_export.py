@@ -10,7 +10,7 @@ import torch
 from conftest import EMPTY_CONFIG, ROOT, SMALL, fill, golden_images, make_config
 from test_sizes import FAMILIES, every_family, small
 
-from models import backbone, build_model
+from models import blocks, build_model
 from tools import export_onnx
 
 BATCHES = (1, 4)  # 2 is traced
@@ -41,10 +41,10 @@ def check_compiled(family, backend: str, padded: bool, **tolerances) -> None:
     model = of_family(family, pad_maps=padded)
     images = PADDED_IMAGES[:2] if padded else IMAGES[:2]
     eager = results_and_gradients(model, model, images)
-    backbone._cached_mask.cache_clear()
+    blocks._cached_mask.cache_clear()
     torch.compiler.reset()
     compiled = results_and_gradients(torch.compile(model, fullgraph=True, backend=backend), model, images)
-    assert backbone._cached_mask.cache_info().currsize == 0  # a tracer's tensors would outlive it
+    assert blocks._cached_mask.cache_info().currsize == 0  # a tracer's tensors would outlive it
     for got, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(got, expected, **tolerances)
     for again, expected in zip(results_and_gradients(model, model, images), eager, strict=True):
@@ -81,10 +81,10 @@ def test_exports_with_a_dynamic_batch(family, what):
     if what != "logits":
         model.as_feature_backbone()
     images = PADDED_IMAGES if what == "padded maps" else IMAGES
-    backbone._cached_mask.cache_clear()
+    blocks._cached_mask.cache_clear()
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
-    assert backbone._cached_mask.cache_info().currsize == 0
+    assert blocks._cached_mask.cache_info().currsize == 0
     exported = program.module()
     check_batches(lambda images: tensors(exported(images)), model, images)
 

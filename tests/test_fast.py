@@ -19,20 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from data import transforms
-from data.augment import (
-    FILL,
-    Augmentation,
-    ColorJitter,
-    Draw,
-    Finish,
-    Plan,
-    RandAugment,
-    RandomErasing,
-    augment,
-    erase,
-)
+from data.augment import FILL, Draw, Finish, Plan, augment, erase
 from data.device import DeviceLoader
 from data.fast import FastEval, FastTrain, collate, crop_ratio, random_crop, resize, sample_generator
+from data.policies import Augmentation, ColorJitter, RandAugment, RandomErasing
 from data.samplers import TrainSampler
 
 POLICY = "rand-m9-mstd0.5-inc1"

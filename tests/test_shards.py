@@ -28,8 +28,9 @@ from torchvision import transforms
 from data.decoding import decode_pil
 from data.images import Images
 from data.raw import RawSource
-from data.shards import ShardSampler, ShardSet, StreamImages, count_samples, read_ahead
+from data.shards import ShardSampler, ShardSet, StreamImages, read_ahead
 from data.sources import FolderSource, Source
+from data.tar import count_samples
 from tools import make_shards
 from tools.make_shards import Options
 

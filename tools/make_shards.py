@@ -40,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.decoding import decode_pil
 from data.raw import RECORD, RawSource, digest, records_path
-from data.shards import INDEX, ShardSet, draws
+from data.shard_index import INDEX
+from data.shards import ShardSet, draws
 from data.sources import FolderSource, class_names
 from data.workers import start_worker
 from logger import ProgressBar
