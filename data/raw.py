@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .shard_index import INDEX, read_index, settle_classes
+from .shard_index import INDEX, read_index, settle_names
 from .sources import Source
 
 # offset: of the first byte; height, width: in pixels; label: the number of the class
@@ -40,7 +40,7 @@ class RawSource(Source):
         self.root = Path(root)
         index = read_index(self.root / INDEX, "raw")
         self.entries = list(index.shards.values())
-        self.classes, limit = settle_classes(index.path, index.classes, index.num_classes, classes, num_classes)
+        self.classes, limit = settle_names(index.path, index.classes, index.num_classes, classes, num_classes)
         parts = [read_records(self.root, entry, limit) for entry in self.entries]
         self.first = np.cumsum([0, *map(len, parts)])  # number of each shard's first image, and of all
         if not self.first[-1]:

@@ -164,7 +164,7 @@ def agreed_classes(classes: list[tuple[list[str] | None, int | None]]) -> tuple[
     return classes[0] if classes else (None, None)
 
 
-def settle_classes(
+def settle_names(
     where: str | Path,
     own: list[str] | None,
     own_count: int | None,

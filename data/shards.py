@@ -20,7 +20,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from .images import Samples
-from .shard_index import INDEX, agreed_classes, count_all, expand, find_indices, settle_classes
+from .shard_index import INDEX, agreed_classes, count_all, expand, find_indices, settle_names
 from .tar import Data, read_samples, unpack
 
 CHUNK = 32  # samples that the reading thread hands over at once, so that the two seldom wake each other
@@ -67,7 +67,7 @@ class ShardSet:
         self.counts = np.array(count_all(self.urls, indices, samples), dtype=np.int64)
         self.first = np.cumsum(self.counts) - self.counts  # the number of each shard's first sample
         own = agreed_classes([(index.classes, index.num_classes) for index in indices if index])
-        self.classes, self.num_classes = settle_classes(self.urls[0], *own, classes, num_classes)
+        self.classes, self.num_classes = settle_names(self.urls[0], *own, classes, num_classes)
         if len(self) == 0:
             raise ValueError(f"{self.urls[0]}: no samples in it, nor in the {len(self.urls) - 1} other shard(s)")
 
