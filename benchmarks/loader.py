@@ -37,7 +37,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import auto_augment, create_dataset, create_loader
+from timm.data import auto_augment, create_dataset, create_loader, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -54,7 +54,7 @@ from data.build import build_loader  # noqa: E402
 from data.shards import ShardSet  # noqa: E402
 from data.sources import FolderSource  # noqa: E402
 from data.tar import IMAGE_SUFFIXES  # noqa: E402
-from data.transforms import build_transform, posterize  # noqa: E402
+from data.transforms import posterize  # noqa: E402
 from logger import ProgressBar  # noqa: E402
 from tools.make_22k_list import make_lists  # noqa: E402
 from tools.make_shards import SHARD_SIZES, Options, make_shards  # noqa: E402
@@ -202,8 +202,18 @@ def torch_loader(folder: Path, transform: Callable, batch: int, workers: int) ->
 
 
 def recipe(folder: Path, batch: int, workers: int) -> Made:
-    """The official code's: this repository's transform, which is timm's, without its way of reading and seeding."""
-    transform = build_transform(True, configuration(folder, batch, workers))
+    """The official code's: timm's transform as it is, without this repository's way of reading and seeding."""
+    config = configuration(folder, batch, workers)
+    transform = create_transform(
+        config.DATA.IMG_SIZE,
+        is_training=True,
+        color_jitter=config.AUG.COLOR_JITTER,
+        auto_augment=config.AUG.AUTO_AUGMENT,
+        re_prob=config.AUG.REPROB,
+        re_mode=config.AUG.REMODE,
+        re_count=config.AUG.RECOUNT,
+        interpolation=config.DATA.INTERPOLATION,
+    )
     return torch_loader(folder / "train", transform, batch, workers)
 
 

@@ -16,7 +16,7 @@ import distributed
 from config import OFFICIAL_CLASSES
 
 from .classes import SelectedClasses, read_class_list
-from .decoding import as_pil, build_decoder
+from .decoding import build_decoder
 from .device import DeviceLoader
 from .fast import FastEval, FastTrain
 from .images import Images, collate
@@ -49,7 +49,7 @@ def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -
         raise ValueError("simmim=True: this version has no SimMIM loaders yet")
     train = None if config.EVAL_MODE else open_split(config, "train")
     known = training_classes(config) if train is None else known_of(train)
-    val = open_split(config, "val", known.names)
+    val = open_split(config, "val", known.names, known.count)
     settle_classes(config, val, known)
     loader_train = None if train is None else _train_loader(train, config)
     loader_val = _eval_loader(val, config)
@@ -70,23 +70,30 @@ def source_kind(config: Any) -> str:
     return "zip" if zipped else "list" if config.DATA.DATASET == "imagenet22K" else "folder"
 
 
-def open_split(config: Any, split: str, names: Classes = None) -> Stored:
+def open_split(config: Any, split: str, names: Classes = None, count: int | None = None) -> Stored:
     """The training (``train``) or validation (``val``) samples; ``DATA.CLASSES`` chooses among them.
 
     Args:
         names: all classes by number; those that the data itself names if None.
+        count: how many there are, if that is known; where labels from there on are skipped, it takes a limit.
     """
     kind, chosen = source_kind(config), config.DATA.CLASSES
     if not chosen:
-        limit = None if config.MODEL.NUM_CLASSES_FROM_DATA else config.MODEL.NUM_CLASSES
+        limit = config.MODEL.NUM_CLASSES
+        if config.MODEL.NUM_CLASSES_FROM_DATA:
+            limit = count if skips(config) else None
         return OPEN[kind](config, split, names, limit)
     if kind == "shards":
         raise ValueError(f"DATA.CLASSES={chosen}: a stream of shards cannot leave samples out; pack the others anew")
     return SelectedClasses(OPEN[kind](config, split, names, None), read_class_list(Path(chosen)), chosen)
 
 
+def skips(config: Any) -> bool:
+    return config.DATA.ON_ERROR == "skip"
+
+
 def _open_folder(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
-    return FolderSource(_root(config) / split, classes)
+    return FolderSource(_root(config) / split, classes, skips(config))
 
 
 def _open_zip(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
@@ -96,22 +103,27 @@ def _open_zip(config: Any, split: str, classes: Classes, limit: int | None) -> S
     return ZipSource(
         *(_root(config), split, mode, classes, limit),
         *(distributed.rank(), distributed.world_size(), distributed.local_rank()),
-        *(distributed.barrier, distributed.broadcast_object),
+        *(distributed.barrier, distributed.broadcast_object, skips(config)),
     )
 
 
 def _open_shards(config: Any, split: str, classes: Classes, limit: int | None) -> ShardSet:
     pattern, index = (config.DATA[f"{split.upper()}_{key}"] for key in ("SHARDS", "INDEX"))
-    return ShardSet(pattern or _root(config) / split, index or None, classes=classes, num_classes=limit)
+    skip = skips(config)
+    return ShardSet(pattern or _root(config) / split, index or None, classes=classes, num_classes=limit, skip=skip)
+
+
+def _open_list(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
+    return ListSource(_root(config), split, classes, limit, skip=skips(config))
 
 
 OPEN: dict[str, Callable[[Any, str, Classes, int | None], Stored]] = {
     "folder": _open_folder,
     "zip": _open_zip,
-    "list": lambda config, split, classes, limit: ListSource(_root(config), split, classes, limit),
+    "list": _open_list,
     "shards": _open_shards,
-    "raw": lambda config, split, classes, limit: RawSource(_root(config) / split, classes, limit),
-    "tiny_imagenet": lambda config, split, classes, limit: TinyImageNetSource(_root(config), split, classes),
+    "raw": lambda config, split, classes, limit: RawSource(_root(config) / split, classes, limit, skips(config)),
+    "tiny_imagenet": lambda config, split, classes, _: TinyImageNetSource(_root(config), split, classes, skips(config)),
 }
 
 
@@ -133,10 +145,10 @@ def training_classes(config: Any) -> Known:
         names = class_names(train)
         count = len(names)
     elif kind == "zip" and (train := _root(config) / MAPS["train"]).is_file():
-        _, labels, names = collect(train, "line", map_lines(train))
-        count = int(labels.max()) + 1
+        lines = collect(train, "line", map_lines(train), skip=skips(config))
+        names, count = lines.classes, int(lines.labels.max()) + 1 or None
     elif kind == "list" and config.DATA.DATASET not in OFFICIAL_CLASSES and (_root(config) / LISTS["train"]).is_file():
-        names, count = known_of(ListSource(_root(config), "train"))
+        names, count = known_of(_open_list(config, "train", None, None))
     return Known(names, count)  # raw and tar shards say it in the index of either split
 
 
@@ -200,9 +212,9 @@ def build_decoding(config: Any, is_train: bool) -> tuple[Callable, Callable]:
     logger.info(f"{'training' if is_train else 'evaluation'} images: decoder {name}, pipeline {pipeline}")
     decode = build_decoder(name)
     if not on_device:
-        return partial(_decode_as_pil, decode), build_transform(is_train, config)
+        return decode, build_transform(is_train, config)
     if not is_train:
-        return decode, FastEval(build_transform(False, config).transforms[:-2])
+        return decode, FastEval(build_transform(False, config).transforms[:-1])
     size = to_2tuple(config.DATA.IMG_SIZE)
     return decode, FastTrain(size, config.AUG.HFLIP, config.DATA.INTERPOLATION, build_augmentation(config))
 
@@ -224,10 +236,6 @@ def build_augmentation(config: Any) -> Augmentation:
     """What workers draw for the device. Raises ``ValueError`` for policies that only the official pipeline has."""
     aug, size = config.AUG, to_2tuple(config.DATA.IMG_SIZE)
     return Augmentation(size, aug.AUTO_AUGMENT, aug.COLOR_JITTER, config.DATA.INTERPOLATION, aug.REPROB, aug.RECOUNT)
-
-
-def _decode_as_pil(decode: Callable, data: Any, name: str) -> Any:
-    return as_pil(decode(data, name))
 
 
 def _train_loader(samples: Stored, config: Any) -> DeviceLoader:
@@ -257,7 +265,7 @@ def _eval_loader(samples: Stored, config: Any) -> DeviceLoader:
 
 def _loader(samples: Stored, sampler: Sampler, config: Any, is_train: bool) -> DeviceLoader:
     make: type[Dataset] = StreamImages if isinstance(samples, ShardSet) else Images
-    dataset = make(samples, *build_decoding(config, is_train), config.SEED, config.DATA.ON_ERROR == "skip")
+    dataset = make(samples, *build_decoding(config, is_train), config.SEED, skips(config))
     workers = min(config.DATA.NUM_WORKERS, _cores_per_process())
     loader = DataLoader(
         dataset,
@@ -271,7 +279,7 @@ def _loader(samples: Stored, sampler: Sampler, config: Any, is_train: bool) -> D
         worker_init_fn=LeaveSignalsToMain() if workers else None,
         generator=torch.Generator(),  # its own, so that starting an epoch draws nothing from the global one
     )
-    return DeviceLoader(loader, distributed.pick_device(), config.AUG.REMODE)
+    return DeviceLoader(loader, distributed.pick_device(), config.AUG.REMODE, fill=is_train and skips(config))
 
 
 def _cores_per_process() -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from config import nearest
 
 from .lists import show
-from .sources import Source
+from .sources import UNKNOWN, Source
 
 COMMENT = re.compile(r"(^|\s)#.*")
 NAMED = 5  # unknown classes that an error names
@@ -69,11 +69,12 @@ class SelectedClasses(Source):
             )
         renumbered = np.full(len(source.classes), -1)
         renumbered[[numbers[name] for name in classes]] = np.arange(len(classes))
-        labels = renumbered[source.labels]
+        unknown = source.labels == UNKNOWN  # they are kept, so that they are reported
+        labels = np.where(unknown, UNKNOWN, renumbered[source.labels])
         self.source, self.classes = source, list(classes)
-        self.kept = np.flatnonzero(labels >= 0)  # their numbers in the source
+        self.kept = np.flatnonzero((labels >= 0) | unknown)  # their numbers in the source
         self.labels = labels[self.kept]
-        if not len(self.kept):
+        if not np.any(labels >= 0):
             raise ValueError(f"{where}: none of the {len(source)} samples belongs to its {len(classes)} classes")
 
     def name(self, index: int) -> str:

@@ -28,6 +28,7 @@ POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 # Frames of baseline, extended and progressive Huffman coding; not all libraries know the other, rare ones.
 HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
 OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+READ_RGB = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11; before, it gives BGR alone
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 SCAN_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within coded data: neither an escaped 255 nor a restart
 
@@ -42,7 +43,10 @@ def decode_pil(data: Encoded, name: str) -> Image.Image:
         raise _undecodable(name, "PostScript is not an image format here")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            if image.mode != "RGB":
+                return image.convert("RGB")
+            image.load()
+            return image  # itself: converting it would copy it
     except UnidentifiedImageError as err:
         raise _undecodable(name, "not an image of any format that Pillow knows") from err
     except Exception as err:  # on corrupt data Pillow's plug-ins raise almost anything
@@ -104,11 +108,12 @@ def _read_cv2(data: bytes, frame: int) -> np.ndarray | None:
     marker = SCAN_MARKER.search(data, scan + 2)
     if scan < 0 or not marker or marker.group() != END_OF_IMAGE:
         return None
+    mode = cv2.IMREAD_COLOR if READ_RGB is None else READ_RGB
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         return None
-    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if pixels is not None and READ_RGB is None else pixels
 
 
 def _read_simplejpeg(data: bytes, frame: int) -> np.ndarray | None:

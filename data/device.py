@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import Finish
 from .images import Skips
 
+Batch = tuple[Tensor, ...]  # images, labels, and what the device needs for the fast pipeline
+
 
 class DeviceLoader:
     """A loader's batches as (images, targets) on a device; images (B, 3, H, W), float32, normalised.
@@ -19,10 +21,16 @@ class DeviceLoader:
 
     Args:
         erase_mode: ``pixel``, ``rand`` or ``const``, as `data.augment.erase`.
+        fill: give the batch before it, or else the one after it, again in the place of a batch of which everything was
+            skipped, so that every rank has as many batches; else leave it out. What takes its place is the same for
+            any number of workers.
+
+    Raises:
+        ValueError: with ``fill``, naming the first sample that was skipped, where no batch of an epoch can be used.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device | str, erase_mode: str = "pixel"):
-        self.loader = loader
+    def __init__(self, loader: DataLoader, device: torch.device | str, erase_mode: str = "pixel", fill: bool = False):
+        self.loader, self.fill = loader, fill
         self.device = torch.device(device)
         self.finish = Finish(self.device, erase_mode)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -52,14 +60,29 @@ class DeviceLoader:
         skipped, self.skipped = self.skipped, []
         return skipped
 
-    def _batches(self) -> Iterator[tuple]:
-        """The loader's batches that are not empty, without the notes on what was skipped."""
-        for batch in self.loader:
-            for part in batch:
-                if isinstance(part, Skips):
-                    self.skipped += part.reasons
-            if batch[0] is not None:
-                yield tuple(part for part in batch if not isinstance(part, Skips))
+    def _batches(self) -> Iterator[Batch]:
+        """The loader's batches, empty ones filled or left out, without the notes on what was skipped."""
+        batches = map(self._noted, self.loader)
+        return self._filled(batches) if self.fill else (batch for batch in batches if batch[0] is not None)
+
+    def _noted(self, batch: tuple) -> tuple:
+        for part in batch:
+            if isinstance(part, Skips):
+                self.skipped += part.reasons
+        return tuple(part for part in batch if not isinstance(part, Skips))
+
+    def _filled(self, batches: Iterator[tuple]) -> Iterator[Batch]:
+        last, owed = None, 0
+        for batch in batches:
+            owed += 1
+            last = last if batch[0] is None else batch
+            if last is not None:
+                for _ in range(owed):
+                    # A copy: on the CPU the user gets this very memory, and mixup changes it.
+                    yield (last[0].clone(), *last[1:]) if self.device.type == "cpu" else last
+                owed = 0
+        if owed:
+            raise ValueError(f"no usable image in {owed} batch(es), all of this epoch; the first: {self.skipped[0]}")
 
     def _finished(self, batch: tuple) -> tuple[Tensor, Tensor]:
         images, targets, *plan = batch

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from .augment import Box, Draw, Plan
-from .decoding import as_pil
 from .policies import Augmentation
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # RandomResizedCrop's shares of the area and aspects (width by height)
@@ -131,7 +130,7 @@ def _padded(pixels: np.ndarray) -> np.ndarray:
 
 
 class FastEval:
-    """The official evaluation transform without its last two steps, which the device does with the same arithmetic.
+    """The official evaluation transform without its last step, which the device does with the same arithmetic.
 
     Args:
         steps: the official steps, PIL image to PIL image.
@@ -142,7 +141,6 @@ class FastEval:
 
     def __call__(self, image: np.ndarray | Image.Image) -> Tensor:
         """(3, height, width), uint8, (height, width, 3) in memory."""
-        image = as_pil(image)
         for step in self.steps:
             image = step(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -50,6 +50,11 @@ class Samples(Dataset):
     def __init__(self, decode: Callable[[Any, str], Any], transform: Callable, seed: int = 0, skip: bool = False):
         self.decode, self.transform, self.seed, self.skip = decode, transform, seed, skip
 
+    def __getitems__(self, items: Sequence[Any]) -> list[Any]:
+        """The samples of a batch, as loaders ask for them."""
+        with undisturbed():
+            return [self[item] for item in items]
+
     def make(self, epoch: int | None, number: int, name: str, read: Callable[[], Any], label: int) -> Any:
         """(image, label) of a sample; without an epoch nothing is drawn, as for evaluation."""
         try:
@@ -99,16 +104,14 @@ def collate(samples: Sequence[Any], fill: bool) -> tuple:
 
     Args:
         fill: put other samples of the batch, in turn, in the places of skipped ones, so that every rank has full
-            batches; else leave these places out. Images are None where nothing is left.
+            batches; else leave these places out.
 
-    Raises ``ValueError`` where the batch cannot be filled, since all of it was skipped.
+    Images and labels are None where all of the batch was skipped.
     """
     reasons = tuple(sample.reason for sample in samples if isinstance(sample, Skipped))
     good = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not reasons:
         return _stack(good)
-    if fill and not good:
-        raise ValueError(f"none of the {len(reasons)} images of a batch can be used; the first: {reasons[0]}")
     if not good:
         return None, None, Skips(reasons)
     if fill:
@@ -123,27 +126,36 @@ def _stack(samples: Sequence[Any]) -> tuple:
     return fast.collate(samples) if uint8 else tuple(default_collate(list(samples)))
 
 
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Run with Python's, NumPy's and torch's generators seeded from ``key``, then put them back.
+_kept = False  # whether somebody puts the global generators back later
 
-    In a loader's worker nobody else draws: there they stay as they are, since putting them back takes most of the time.
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put Python's, NumPy's and torch's generators back in the end. In a loader's worker nobody else draws.
+
+    It takes ten times as long as seeding them, hence once for a batch.
     """
-    saved = None
-    if get_worker_info() is None:
-        saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))
+    global _kept
+    if _kept or get_worker_info() is not None:
+        yield
+        return
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    _kept = True
     try:
         yield
     finally:
-        if saved is not None:
-            _restore(saved)
+        _kept = False
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])
 
 
-def _restore(saved: tuple) -> None:
-    random.setstate(saved[0])
-    np.random.set_state(saved[1])
-    torch.set_rng_state(saved[2])
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Run with Python's, NumPy's and torch's generators seeded from ``key``, then put them back."""
+    with undisturbed():
+        words = np.random.SeedSequence(key).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(words[1])
+        torch.default_generator.manual_seed(int(words[2]))
+        yield

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .sources import Source
+from .sources import UNKNOWN, Faults, Source, settle_faults
 
 # Official names. Paths in them are relative to the folder they lie in.
 LISTS = {"train": "ILSVRC2011fall_whole_map_train.txt", "val": "ILSVRC2011fall_whole_map_val.txt"}
@@ -19,6 +19,7 @@ MOST_CLASSES = 2**31  # a label above it is a mistake, whatever the data
 SPACE = re.compile(r"[ \t\r\n]*")
 NEXT = re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
 BREAK = re.compile(r"[\0\r\n]")
+Pair = tuple[Any, Any] | ValueError  # (path, label), or why an entry is none
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 200
 
@@ -35,6 +36,8 @@ class ListSource(Source):
         classes: the classes' names, those of the training data; from this list's own folders if None.
         num_classes: labels must be below it; their number follows from ``classes`` if given.
         file: the list's name in ``root``; the official one if None.
+        skip: raise what is wrong with an entry when its sample is read; see `Source`. Without a comma or bracket that
+            ends an entry nobody knows how many follow, so malformed JSON is raised at once.
 
     Raises:
         FileNotFoundError: where there is no such list.
@@ -48,18 +51,22 @@ class ListSource(Source):
         classes: Sequence[str] | None = None,
         num_classes: int | None = None,
         file: str | None = None,
+        skip: bool = False,
     ):
         self.root = Path(root)
         self.file = self.root / (file or choose(LISTS, split))
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: no such list; tools/make_22k_list.py writes one for a folder")
-        entries = collect(self.file, "entry", json_entries(self.file), classes, num_classes)
-        self.paths, self.labels, self.classes = entries
+        entries = collect(self.file, "entry", json_entries(self.file), classes, num_classes, skip)
+        self.paths, self.labels, self.classes, self.faults = entries
+        settle_faults(self.file, self.faults, len(self))
 
     def name(self, index: int) -> str:
         return f"{self.root}/{self.paths[index]}"
 
     def read(self, index: int) -> bytes:
+        if index in self.faults:
+            raise ValueError(self.faults[index])
         name = self.name(index)
         try:
             return Path(name).read_bytes()
@@ -71,10 +78,10 @@ class ListSource(Source):
         return [index for index in range(len(self)) if not os.path.isfile(self.name(index))]
 
 
-def json_entries(file: Path) -> Iterator[tuple[Any, Any]]:
+def json_entries(file: Path) -> Iterator[Pair]:
     """The pairs of a JSON list, one by one: as Python objects all at once they would take several GB.
 
-    Raises ``ValueError`` naming the entry where it is not such a list.
+    Raises ``ValueError`` naming the entry where it is not a JSON list.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -91,9 +98,8 @@ def json_entries(file: Path) -> Iterator[tuple[Any, Any]]:
             entry, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as err:
             raise ValueError(f"{file}, entry {number}: malformed JSON: {err}") from err
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise ValueError(f"{file}, entry {number}: {show(entry)} is not [path, label]")
-        yield tuple(entry)
+        whole = isinstance(entry, list) and len(entry) == 2
+        yield tuple(entry) if whole else ValueError(f"{show(entry)} is not [path, label]")
         found = NEXT.match(text, position)
         if not found:
             raise ValueError(f"{file}, entry {number}: malformed JSON: neither , nor ] follows it; truncated?")
@@ -124,19 +130,24 @@ class Paths:
 
 
 class Entries(NamedTuple):
-    """Labelled paths: labels (entries,), int64, and the classes' names where they are known."""
+    """Labelled paths: labels (entries,), int64, the classes' names where they are known, and what is wrong.
+
+    An entry with a fault has an empty path and the label `UNKNOWN`.
+    """
 
     paths: Paths
     labels: np.ndarray
     classes: list[str] | None
+    faults: Faults
 
 
 def collect(
     where: Path,
     unit: str,
-    pairs: Iterable[tuple[Any, Any]],
+    pairs: Iterable[Pair],
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
+    skip: bool = False,
 ) -> Entries:
     """Check (path, label) pairs and pack them.
 
@@ -145,28 +156,42 @@ def collect(
     Args:
         where: the file that holds the pairs; ``unit`` is what it calls one of them, counted from 1.
         classes: the classes' known names; they must agree with the folders'.
+        skip: note what is wrong with a pair among the faults, instead of raising it.
 
     Raises:
         ValueError: naming file and unit, where a pair is not a path inside the root with a label in range.
     """
     limit = len(classes) if classes is not None else num_classes or MOST_CLASSES
-    labels, folders = array("q"), Folders()
+    labels, folders, faults = array("q"), Folders(), {}
 
     def encoded() -> Iterator[bytes]:
-        for number, (path, label) in enumerate(pairs, 1):
+        for number, pair in enumerate(pairs):
             try:
-                label = int(label) if isinstance(label, str) and label.isdecimal() else label
-                check(path, label, limit)
+                path, label = checked(pair, limit)
+                data = os.fsencode(path)
                 folders.add(path, label)
-                labels.append(label)
-                yield os.fsencode(path)
             except ValueError as err:
-                raise ValueError(f"{where}, {unit} {number}: {err}") from err
+                reason = f"{where}, {unit} {number + 1}: {err}"
+                if not skip:
+                    raise ValueError(reason) from err
+                data, label, faults[number] = b"", UNKNOWN, reason
+            labels.append(label)
+            yield data
 
     paths = Paths(encoded())
     if not labels:
         raise ValueError(f"{where}: no {unit} in it")
-    return Entries(paths, np.array(labels), folders.classes(where, classes))
+    return Entries(paths, np.array(labels), folders.classes(where, classes), faults)
+
+
+def checked(pair: Pair, limit: int) -> tuple[str, int]:
+    """A pair, its label as a number. Raises ``ValueError`` where it is none, or `check` finds a fault."""
+    if isinstance(pair, ValueError):
+        raise pair
+    path, label = pair
+    label = int(label) if isinstance(label, str) and label.isdecimal() else label
+    check(path, label, limit)
+    return path, label
 
 
 def check(path: Any, label: Any, limit: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .shard_index import INDEX, read_index, settle_names
-from .sources import Source
+from .sources import UNKNOWN, Faults, Source, settle_faults
 
 # offset: of the first byte; height, width: in pixels; label: the number of the class
 RECORD = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i8")])
@@ -30,23 +30,34 @@ class RawSource(Source):
         root: the folder.
         classes: the classes' names, those of the training data; the index's own, if it has any, must be the same.
         num_classes: labels must be below it; their number follows from ``classes`` if given, else from the index.
+        skip: raise what is wrong with a shard or a record when its samples are read; see `Source`. Nothing in a file
+            of pixels tells where damage ends, so that one of a wrong size is not used at all.
 
     Raises:
         OSError: where a file is missing.
         ValueError: where index, records and the sizes of the files do not fit each other.
     """
 
-    def __init__(self, root: str | Path, classes: list[str] | None = None, num_classes: int | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        classes: list[str] | None = None,
+        num_classes: int | None = None,
+        skip: bool = False,
+    ):
         self.root = Path(root)
         index = read_index(self.root / INDEX, "raw")
         self.entries = list(index.shards.values())
         self.classes, limit = settle_names(index.path, index.classes, index.num_classes, classes, num_classes)
-        parts = [read_records(self.root, entry, limit) for entry in self.entries]
+        self.broken: Faults = {}  # by a shard's position in the index: why none of its images can be used
+        parts = [self._records(number, skip) for number in range(len(self.entries))]
         self.first = np.cumsum([0, *map(len, parts)])  # number of each shard's first image, and of all
         if not self.first[-1]:
             raise ValueError(f"{self.root}: no images in its {len(parts)} shard(s)")
         self.records = np.concatenate(parts)
         self.labels = self.records["label"].astype(np.int64)
+        self.rule = "labels are not negative" if limit is None else f"there are {limit} classes, from 0"
+        self._check_labels(limit, skip)
         self.maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self.process = os.getpid()
 
@@ -56,8 +67,12 @@ class RawSource(Source):
 
     def read(self, index: int) -> np.ndarray:
         """Pixels (H, W, 3), uint8: a read-only view of the file, of which only what is used is read."""
-        offset, height, width, _ = self.records[index].item()
-        shard, _ = self._place(index)
+        offset, height, width, label = self.records[index].item()
+        shard, position = self._place(index)
+        if shard in self.broken:
+            raise ValueError(f"{self.broken[shard]} (image {position + 1} of {self.entries[shard]['samples']})")
+        if self.labels[index] == UNKNOWN:
+            raise ValueError(f"{self.name(index)}: the label {label}, but {self.rule}")
         return np.ndarray((height, width, 3), np.uint8, self._map(shard), offset)
 
     def verify(self) -> None:
@@ -67,6 +82,33 @@ class RawSource(Source):
             for file, key in ((path, "sha256"), (records_path(path), "records_sha256")):
                 if entry.get(key) is not None and digest(file) != entry[key]:
                     raise ValueError(f"{file}: its SHA-256 is not that of {self.root / INDEX}; copy or pack it again")
+
+    def _records(self, shard: int, skip: bool) -> np.ndarray:
+        """A shard's records; such without an image, as many as there should be, where it is broken."""
+        entry = self.entries[shard]
+        try:
+            return read_records(self.root, entry)
+        except (OSError, ValueError) as err:
+            if not skip:
+                raise
+            self.broken[shard] = str(err)
+            records = np.zeros(entry["samples"], RECORD)
+            records["label"] = UNKNOWN
+            return records
+
+    def _check_labels(self, limit: int | None, skip: bool) -> None:
+        """Make labels out of range `UNKNOWN`, or raise ``ValueError`` naming the first."""
+        wrong = (self.labels < 0) | (False if limit is None else self.labels >= limit)
+        for index in [] if skip else np.flatnonzero(wrong)[:1].tolist():
+            shard, position = self._place(index)
+            raise ValueError(
+                f"{records_path(self.root / self.entries[shard]['name'])}: the label {self.labels[index]} of image "
+                f"{position}, but {self.rule}; copy or pack the shard again"
+            )
+        self.labels[wrong] = UNKNOWN
+        settle_faults(self.root, self.broken, len(self.entries), "shards")
+        if wrong.all():
+            raise ValueError(f"{self.root}: none of {len(self)} images has a label that can be used; {self.rule}")
 
     def _place(self, index: int) -> tuple[int, int]:
         """The number of the shard that holds an image, and the image's position there."""
@@ -81,7 +123,11 @@ class RawSource(Source):
         if shard in self.maps:
             self.maps.move_to_end(shard)
         else:
-            with open(self.root / self.entries[shard]["name"], "rb") as file:
+            path, last = self.root / self.entries[shard]["name"], self.records[self.first[shard + 1] - 1]
+            with open(path, "rb") as file:
+                size = int(last["offset"]) + 3 * int(last["height"]) * int(last["width"])
+                if os.fstat(file.fileno()).st_size != size:  # it has changed since this run began
+                    raise ValueError(f"{path}: not the {size} bytes of its records any more; copy it again")
                 self.maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(self.maps) > MOST_MAPS:
                 self.maps.popitem(last=False)  # unmapped once no image refers to it
@@ -96,8 +142,9 @@ def records_path(path: Path) -> Path:
     return path.with_suffix(".npy")
 
 
-def read_records(root: Path, entry: dict[str, Any], num_classes: int | None) -> np.ndarray:
+def read_records(root: Path, entry: dict[str, Any]) -> np.ndarray:
     """The records of a shard, (images,), `RECORD`; checked against the index's entry and the size of the pixels' file.
+    The labels are not.
 
     Raises ``OSError`` for a missing file, ``ValueError`` naming the file and what is wrong.
     """
@@ -114,13 +161,13 @@ def read_records(root: Path, entry: dict[str, Any], num_classes: int | None) -> 
         raise ValueError(
             f"{file}: not an array of records: {' '.join(str(err).split())}; copy or pack it again"
         ) from err
-    problem = _problem(records, path.stat().st_size, entry, num_classes)
+    problem = _problem(records, path.stat().st_size, entry)
     if problem:
         raise ValueError(f"{file}: {problem}; copy or pack the shard again")
     return records
 
 
-def _problem(records: np.ndarray, size: int, entry: dict[str, Any], num_classes: int | None) -> str:
+def _problem(records: np.ndarray, size: int, entry: dict[str, Any]) -> str:
     """What is wrong with a shard's records, or nothing. ``size``: of the pixels' file in bytes."""
     if records.dtype != RECORD or records.ndim != 1:
         return f"an array {records.shape} of {records.dtype}; expected one row of {RECORD}"
@@ -135,9 +182,6 @@ def _problem(records: np.ndarray, size: int, entry: dict[str, Any], num_classes:
     expected = int(ends[-1]) if len(ends) else 0
     if size != expected or entry.get("bytes", size) not in (None, size):
         return f"{entry['name']} has {size} bytes, {expected} by the records and {entry.get('bytes')} by {INDEX}"
-    low, high = (int(records["label"].min()), int(records["label"].max())) if len(records) else (0, 0)
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        return f"labels from {low} to {high}, but there are {num_classes} classes, from 0"
     return ""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .sources import Faults
 from .tar import PIPE, count_samples, import_webdataset
 
 logger = logging.getLogger(__name__)
@@ -17,13 +18,13 @@ INDEX = "index.json"
 MOST = 1 << 48  # a count or size above it is a mistake
 
 
-def expand(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    """Paths and commands of all shards that `ShardSet` takes; each local one exists.
+def expand(shards: str | Path | Sequence[str | Path], skip: bool = False) -> list[str]:
+    """Paths and commands of all shards that `ShardSet` takes; each local one exists, unless ``skip``.
 
     Raises ``OSError`` naming what is missing, ``ValueError`` where a pattern is wrong or a shard comes twice.
     """
     given = [shards] if isinstance(shards, str | Path) else list(shards)
-    urls = [url for spec in given for url in _expand(str(spec))]
+    urls = [url for spec in given for url in _expand(str(spec), skip)]
     if not urls:
         raise ValueError(
             "no shards given; give a folder, a pattern such as shard-{000000..000099}.tar, or pipe:COMMAND"
@@ -36,27 +37,32 @@ def expand(shards: str | Path | Sequence[str | Path]) -> list[str]:
     return urls
 
 
-def _expand(spec: str) -> list[str]:
+def _expand(spec: str, skip: bool) -> list[str]:
     path = Path(spec)
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path, skip)
     if path.is_file():  # also one whose name looks like a pattern
         return [spec]
-    return [url for pattern in _braces(spec) for url in _matches(pattern)]
+    return [url for pattern in _braces(spec) for url in _matches(pattern, skip)]
 
 
-def _in_folder(folder: Path) -> list[str]:
+def _in_folder(folder: Path, skip: bool) -> list[str]:
     """The folder's shards by name; exactly those of its index, where it has one."""
     found = sorted(path.name for path in folder.glob("*.tar"))
     if (folder / INDEX).is_file():
         listed = read_index(folder / INDEX, "tar").shards
-        for name in sorted(set(listed) ^ set(found)):
-            if name in listed:
-                raise FileNotFoundError(f"{folder / name}: no such shard, but {folder / INDEX} lists it; copy it there")
+        for name in sorted(set(found) - set(listed)):
             raise ValueError(f"{folder / name}: {INDEX} beside it does not list it; move the shard away")
+        for name in [] if skip else sorted(set(listed) - set(found)):
+            raise FileNotFoundError(f"{folder / name}: {absent(folder / INDEX)}")
+        found = sorted(listed)
     if not found:
         raise FileNotFoundError(f"{folder}: no .tar shards in this folder")
     return [str(folder / name) for name in found]
+
+
+def absent(index: Path) -> str:
+    return f"no such shard, but {index} lists it; copy it there"
 
 
 def _braces(spec: str) -> list[str]:
@@ -67,7 +73,7 @@ def _braces(spec: str) -> list[str]:
         raise ValueError(f"{spec}: not a pattern of shards: {' '.join(str(err).split())}") from err
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, skip: bool) -> list[str]:
     if pattern.startswith(PIPE):
         return [pattern]
     if "://" in pattern:
@@ -77,7 +83,7 @@ def _matches(pattern: str) -> list[str]:
         if not found:
             raise FileNotFoundError(f"{pattern}: no shard matches")
         return found
-    if not Path(pattern).is_file():
+    if not skip and not Path(pattern).is_file():
         raise FileNotFoundError(f"{pattern}: no such shard")
     return [pattern]
 
@@ -186,7 +192,9 @@ def settle_names(
 
 
 def count_all(urls: list[str], indices: list[Index | None], samples: int | Sequence[int] | None) -> list[int]:
-    counts = [None if index is None else _listed(url, index) for url, index in zip(urls, indices, strict=True)]
+    counts = [
+        None if index is None else _listed(url, index)["samples"] for url, index in zip(urls, indices, strict=True)
+    ]
     if None in counts and samples is not None:
         return _spread(urls, samples)
     unknown = [url for url, count in zip(urls, counts, strict=True) if count is None]
@@ -204,8 +212,22 @@ def count_all(urls: list[str], indices: list[Index | None], samples: int | Seque
     return counts
 
 
-def _listed(url: str, index: Index) -> int:
-    """The count in the index of a local shard, or of one that a command's words name."""
+def find_faults(urls: list[str], indices: list[Index | None]) -> Faults:
+    """By their positions, the local shards that are missing or not of the index's size, and how."""
+    faults = {}
+    for number, (url, index) in enumerate(zip(urls, indices, strict=True)):
+        if index is None or url.startswith(PIPE):
+            continue
+        size, expected = Path(url).stat().st_size if Path(url).is_file() else None, _listed(url, index).get("bytes")
+        if size is None:
+            faults[number] = f"{url}: {absent(index.path)}"
+        elif expected not in (None, size):
+            faults[number] = f"{url}: {size} bytes, but {expected} by {index.path}; copy it again"
+    return faults
+
+
+def _listed(url: str, index: Index) -> dict[str, Any]:
+    """The entry in the index of a local shard, or of one that a command's words name."""
     words = re.split(r"[\s'\"/\\=:?&;|<>()]+", url) if url.startswith(PIPE) else [Path(url).name]
     names = {word for word in words if word in index.shards}
     if len(names) != 1:
@@ -213,11 +235,7 @@ def _listed(url: str, index: Index) -> int:
             f"{url}: {index.path} lists {'no' if not names else 'more than one'} shard of this name; its "
             f"{len(index.shards)} shard(s) begin with {', '.join(list(index.shards)[:2])}"
         )
-    entry = index.shards[names.pop()]
-    size = None if url.startswith(PIPE) else Path(url).stat().st_size
-    if size is not None and entry.get("bytes") not in (None, size):
-        raise ValueError(f"{url}: {size} bytes, but {entry['bytes']} by {index.path}; copy it again")
-    return entry["samples"]
+    return index.shards[names.pop()]
 
 
 def _spread(urls: list[str], samples: int | Sequence[int]) -> list[int]:

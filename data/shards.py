@@ -20,7 +20,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from .images import Samples
-from .shard_index import INDEX, agreed_classes, count_all, expand, find_indices, settle_names
+from .shard_index import INDEX, agreed_classes, count_all, expand, find_faults, find_indices, settle_names
+from .sources import UNKNOWN, settle_faults
 from .tar import Data, read_samples, unpack
 
 CHUNK = 32  # samples that the reading thread hands over at once, so that the two seldom wake each other
@@ -42,6 +43,9 @@ class ShardSet:
         classes: the classes' names, those of the training data; an index's own, if it has any, must be the same.
         num_classes: labels must be below it; their number follows from ``classes`` if given, else from the index. If
             none of them says, any label is taken.
+        skip: give what is wrong with a shard for each sample that it lacks, as for a sample that is wrong by itself,
+            instead of raising it (``DATA.ON_ERROR skip``). A shard's count must be known, then: ranks whose machines
+            have other copies of a damaged one would count differently.
 
     Attributes:
         urls: the shards, as paths or commands.
@@ -61,15 +65,21 @@ class ShardSet:
         samples: int | Sequence[int] | None = None,
         classes: list[str] | None = None,
         num_classes: int | None = None,
+        skip: bool = False,
     ):
-        self.urls = expand(shards)
+        self.urls, self.skip = expand(shards, skip), skip
         indices = find_indices(self.urls, index)
+        self.faults = find_faults(self.urls, indices)
+        if self.faults and not skip:
+            raise ValueError(self.faults[min(self.faults)])
         self.counts = np.array(count_all(self.urls, indices, samples), dtype=np.int64)
         self.first = np.cumsum(self.counts) - self.counts  # the number of each shard's first sample
         own = agreed_classes([(index.classes, index.num_classes) for index in indices if index])
         self.classes, self.num_classes = settle_names(self.urls[0], *own, classes, num_classes)
         if len(self) == 0:
             raise ValueError(f"{self.urls[0]}: no samples in it, nor in the {len(self.urls) - 1} other shard(s)")
+        if self.faults:
+            settle_faults(indices[min(self.faults)].path, self.faults, len(self.urls), "shards")
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -82,10 +92,27 @@ class ShardSet:
         over them by their headers takes hardly less time.
 
         Raises ``ValueError`` or ``OSError``, naming the shard, where the archive is damaged, the command fails, or the
-        shard has fewer or more samples than `counts` says, as far as it is read.
+        shard has fewer or more samples than `counts` says, as far as it is read. With ``skip`` all samples from there
+        on come with that error.
         """
+        url, count, done = self.urls[shard], int(self.counts[shard]), 0
+        positions = range(count) if positions is None else positions
+        try:
+            if shard in self.faults:
+                raise ValueError(self.faults[shard])
+            for sample in self._read(shard, positions):
+                yield sample
+                done += 1
+        except (ValueError, OSError) as err:
+            if not self.skip:
+                raise
+            for position in positions[done:]:
+                reason = f"{err} (sample {position + 1} of {count})"
+                yield position, f"{url}@/{position}", ValueError(reason), UNKNOWN
+
+    def _read(self, shard: int, positions: Sequence[int]) -> Iterator[tuple[int, str, Data, int]]:
         url, count = self.urls[shard], int(self.counts[shard])
-        wanted = iter(range(count) if positions is None else positions)
+        wanted = iter(positions)
         position, found = next(wanted, None), 0
         with closing(read_samples(url)) as samples:
             while position is not None:

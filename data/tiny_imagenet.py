@@ -7,7 +7,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .lists import show
-from .sources import Source
+from .sources import UNKNOWN, Source, settle_faults, warn_of_empty
 
 SPLITS = ("train", "val")
 
@@ -20,13 +20,15 @@ class TinyImageNetSource(Source):
 
     Args:
         classes: the classes' names in the order of their numbers, if not those of ``wnids.txt`` in alphabetical order.
+        skip: raise what is wrong with a line of ``val_annotations.txt`` when its sample is read, see `Source`; an image
+            without a line is a sample like that, too. Warn of a training class without images.
 
     Raises:
         FileNotFoundError: where a file or folder of the layout is missing.
         ValueError: naming file and line, or the folder, where the parts do not agree.
     """
 
-    def __init__(self, root: Path, split: str, classes: Sequence[str] | None = None):
+    def __init__(self, root: Path, split: str, classes: Sequence[str] | None = None, skip: bool = False):
         if split not in SPLITS:
             raise ValueError(f"split={split!r}; choose from {list(SPLITS)}; the test images have no labels")
         root = Path(root)
@@ -35,14 +37,19 @@ class TinyImageNetSource(Source):
         if strange := sorted(wnids - set(self.classes)):
             raise ValueError(f"{root / 'wnids.txt'}: {strange[0]} is not one of the {len(self.classes)} classes")
         numbers = {name: number for number, name in enumerate(self.classes)}
-        samples = training_images(root / "train", wnids) if split == "train" else annotated(root / "val", wnids)
+        read_split = training_images if split == "train" else annotated
+        samples = read_split(root / split, wnids, skip)
         self.paths = [str(path) for path, _ in samples]
-        self.labels = np.array([numbers[wnid] for _, wnid in samples], np.int64)
+        self.faults = {number: str(fault) for number, (_, fault) in enumerate(samples) if isinstance(fault, ValueError)}
+        self.labels = np.array([numbers.get(wnid, UNKNOWN) for _, wnid in samples], np.int64)
+        settle_faults(root / split, self.faults, len(self))
 
     def name(self, index: int) -> str:
         return self.paths[index]
 
     def read(self, index: int) -> bytes:
+        if index in self.faults:
+            raise ValueError(self.faults[index])
         return Path(self.paths[index]).read_bytes()
 
 
@@ -58,38 +65,47 @@ def read_wnids(file: Path) -> set[str]:
     return wnids
 
 
-def training_images(folder: Path, wnids: set[str]) -> list[tuple[Path, str]]:
-    """(image, wnid) of the class folders, which must be those of ``wnids``, sorted."""
+Sample = tuple[Path, str | ValueError]  # an image and its wnid, or what is wrong with it
+
+
+def training_images(folder: Path, wnids: set[str], skip: bool) -> list[Sample]:
+    """The images of the class folders, which must be those of ``wnids``, sorted."""
     present = {path.name for path in list_folder(folder) if path.is_dir()}
-    for wnid in sorted(wnids ^ present):
+    for wnid in sorted(present - wnids if skip else wnids ^ present):
         here, there = ("has no folder here", "has it") if wnid in wnids else ("is a folder here", "lacks it")
         raise ValueError(f"{folder}: the class {wnid} {here}, but {folder.parent / 'wnids.txt'} {there}")
-    samples = []
+    samples, empty = [], []
     for wnid in sorted(wnids):
-        images = list_images(folder / wnid / "images")
+        inner = folder / wnid / "images"
+        images = [] if skip and not inner.is_dir() else list_images(inner)
         if not images:
-            raise FileNotFoundError(f"{folder / wnid / 'images'}: no images in it; complete the class")
+            empty.append(wnid)
         samples += [(path, wnid) for path in images]
+    if empty and not (skip and samples):
+        raise FileNotFoundError(f"{folder / empty[0] / 'images'}: no images in it; complete the class")
+    warn_of_empty(folder, empty)
     return samples
 
 
-def annotated(folder: Path, wnids: set[str]) -> list[tuple[Path, str]]:
-    """(image, wnid) of ``val_annotations.txt``, whose lines are ``file<TAB>wnid<TAB>box``."""
-    file = folder / "val_annotations.txt"
-    samples, left = [], {path.name: path for path in list_images(folder / "images")}
+def annotated(folder: Path, wnids: set[str], skip: bool) -> list[Sample]:
+    """The images of ``val_annotations.txt``, whose lines are ``file<TAB>wnid<TAB>box``."""
+    file, images = folder / "val_annotations.txt", folder / "images"
+    samples, left = [], {path.name: path for path in list_images(images)}
     for number, line in enumerate(read_lines(file), 1):
         name, *rest = line.split("\t")
+        wnid, fault = rest[0] if rest else "", ""
         if not rest:
-            raise ValueError(f"{file}, line {number}: no tab in {show(line)}; a line is file<TAB>wnid<TAB>box")
-        if rest[0] not in wnids:
-            raise ValueError(f"{file}, line {number}: {folder.parent / 'wnids.txt'} has no class {show(rest[0])}")
-        if name not in left:
-            raise ValueError(
-                f"{file}, line {number}: {folder / 'images'} has no image {show(name)}, or a line before it"
-            )
-        samples.append((left.pop(name), rest[0]))
-    if left:
-        raise ValueError(f"{file}: no line for {show(min(left))}, nor for {len(left) - 1} more in {folder / 'images'}")
+            fault = f"no tab in {show(line)}; a line is file<TAB>wnid<TAB>box"
+        elif wnid not in wnids:
+            fault = f"{folder.parent / 'wnids.txt'} has no class {show(wnid)}"
+        elif name not in left:
+            fault = f"{images} has no image {show(name)}, or a line before it"
+        path = left.pop(name, images)
+        samples.append((path, ValueError(f"{file}, line {number}: {fault}") if fault else wnid))
+    samples += [(path, ValueError(f"{file}: no line for {show(name)} in {images}")) for name, path in left.items()]
+    for _, fault in samples:
+        if isinstance(fault, ValueError) and not skip:
+            raise fault
     return samples
 
 

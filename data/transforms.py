@@ -1,16 +1,23 @@
 """The official training and evaluation transforms: timm's augmentation, PIL resizing, ImageNet normalisation."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cv2
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.layers import to_2tuple
+from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from .decoding import as_pil
 from .fast import PADDING, SMALL, crop_ratio
 
 # The official names; evaluation takes bilinear for any other.
@@ -22,7 +29,7 @@ EVAL_INTERPOLATION = {
 
 
 def build_transform(is_train: bool, config: Any) -> Callable:
-    """PIL image to normalised tensor (3, height, width) of ``IMG_SIZE`` (official ``data/build.py``)."""
+    """What a decoder gives to normalised tensor (3, height, width) of ``IMG_SIZE`` (official ``data/build.py``)."""
     return _train_transform(config) if is_train else _eval_transform(config)
 
 
@@ -46,9 +53,13 @@ def _train_transform(config: Any) -> Callable:
             f"AUG.AUTO_AUGMENT={aug.AUTO_AUGMENT!r} is not a policy of timm's, such as "
             "rand-m9-mstd0.5-inc1, original or none"
         ) from err
+    steps = transform.transforms
+    steps[0] = ResizedCrop(size, ratio=crop_ratio(size), interpolation=config.DATA.INTERPOLATION)
     if _is_small(size):
-        transform.transforms[0] = transforms.RandomCrop(size, padding=PADDING)
-    for step in transform.transforms:
+        steps[:1] = [as_pil, transforms.RandomCrop(size, padding=PADDING)]
+    normalise = next(place for place, step in enumerate(steps) if isinstance(step, transforms.Normalize))
+    steps[normalise - 1 : normalise + 1] = [Normalised()]
+    for step in steps:
         for op in _augment_ops(step):
             if op.name.startswith("Posterize"):
                 op.aug_fn = posterize
@@ -56,7 +67,7 @@ def _train_transform(config: Any) -> Callable:
 
 
 def _eval_transform(config: Any) -> Callable:
-    size, steps = to_2tuple(config.DATA.IMG_SIZE), []
+    size, steps = to_2tuple(config.DATA.IMG_SIZE), [as_pil]
     if not _is_small(size):
         interpolation = EVAL_INTERPOLATION.get(config.DATA.INTERPOLATION, InterpolationMode.BILINEAR)
         if config.TEST.CROP:
@@ -66,8 +77,39 @@ def _eval_transform(config: Any) -> Callable:
             steps += [cover, transforms.CenterCrop(size)]
         else:
             steps += [transforms.Resize(size, interpolation)]
-    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    return transforms.Compose(steps)
+    return transforms.Compose([*steps, Normalised()])
+
+
+class ResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop of a PIL image, also of pixels (H, W, 3), uint8, of which the crop alone becomes such one."""
+
+    def __call__(self, image: np.ndarray | Image.Image) -> Image.Image:
+        if not isinstance(image, np.ndarray):
+            return super().__call__(image)
+        height, width, _ = image.shape
+        shape_alone = torch.empty(3, height, width, device="meta")
+        top, left, height, width = self.get_params(shape_alone, self.scale, self.ratio)
+        several = isinstance(self.interpolation, tuple | list)
+        interpolation = random.choice(self.interpolation) if several else self.interpolation
+        return F.resize(Image.fromarray(image[top : top + height, left : left + width]), self.size, interpolation)
+
+
+class Normalised:
+    """torchvision's ``ToTensor`` and ``Normalize`` with ImageNet's mean and deviation, bit for bit, by a table: in half
+    of the time.
+    """
+
+    def __init__(self):
+        levels = torch.arange(256, dtype=torch.uint8).view(1, 256, 1).expand(3, -1, -1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        self.tables = ((levels / 255 - mean) / std).numpy()
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, H, W), float32, of an image in RGB."""
+        result = np.empty((3, image.height, image.width), np.float32)
+        for plane, table, part in zip(cv2.split(np.asarray(image)), self.tables, result, strict=True):
+            cv2.LUT(plane, table, dst=part)
+        return torch.from_numpy(result)
 
 
 class Cover:

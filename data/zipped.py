@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from .lists import Paths, choose, collect, show
-from .sources import Source
+from .lists import Pair, Paths, choose, collect, show
+from .sources import Faults, Source, settle_faults
 
 ARCHIVES = {"train": "train.zip", "val": "val.zip"}
 MAPS = {"train": "train_map.txt", "val": "val_map.txt"}
@@ -34,6 +34,7 @@ LARGEST = 2**30  # bytes of a member; one that claims more is damaged or made to
 HEADER = 30  # bytes of a member's own header, before its name and extra fields
 HEADER_PARTS = struct.Struct("<6xH6xI8xHH")  # flags, CRC, the lengths of name and extra fields
 SLACK = 64  # for the header's extra fields, whose length the directory does not tell
+NOWHERE = (-1, 0, 0, 0, 0)  # what the table of members has in the place of one that cannot be read
 ENCRYPTED, CRC_FOLLOWS = 1, 8  # flags
 
 # Filling a cache: members that lie this close are read in one go of at most so many bytes.
@@ -69,6 +70,7 @@ class ZipSource(Source):
         local_rank: of this process on its machine.
         barrier: waits for all ranks; `distributed.barrier`. Only ``full`` calls it and ``broadcast``.
         broadcast: gives rank 0's value to all ranks; `distributed.broadcast_object`.
+        skip: raise what is wrong with a line or a member when its sample is read; see `Source`.
 
     Raises:
         FileNotFoundError: where the archive or the map is missing.
@@ -88,6 +90,7 @@ class ZipSource(Source):
         local_rank: int = 0,
         barrier: Callable[[], Any] = lambda: None,
         broadcast: Callable[[Any], Any] = lambda value: value,
+        skip: bool = False,
     ):
         if cache not in CACHE_MODES:
             raise ValueError(f"DATA.CACHE_MODE={cache!r}; choose from {list(CACHE_MODES)}")
@@ -98,11 +101,13 @@ class ZipSource(Source):
                     f"{file}: no such file; zip data is {self.file.name} beside {self.map.name}, which "
                     f"tools/make_zip.py writes"
                 )
-        self.paths, self.labels, self.classes = collect(self.map, "line", map_lines(self.map), classes, num_classes)
-        self.archive = Archive(self.file, self.paths, self.map)
-        self._check_repeats()
+        lines = collect(self.map, "line", map_lines(self.map), classes, num_classes, skip)
+        self.paths, self.labels, self.classes, self.faults = lines
+        self.archive = Archive(self.file, self.paths, self.map, self.faults if skip else None)
+        self._check_repeats(skip)
+        settle_faults(self.map, self.faults, len(self))
         self.own = range(rank, len(self), world_size) if cache == "part" else range(len(self))
-        self.cache = None if cache == "no" else Cache(self.archive, self.own)
+        self.cache = None if cache == "no" else Cache(self.archive, self.own, skip)
         if cache == "part":
             share(self.cache, "no")
         elif cache == "full":
@@ -112,6 +117,8 @@ class ZipSource(Source):
         return f"{self.file}@/{self.paths[index]}"
 
     def read(self, index: int) -> bytes:
+        if index in self.faults:
+            raise ValueError(self.faults[index])
         held = self.cache.read(index) if self.cache else None
         return self.archive.read(index) if held is None else held
 
@@ -119,24 +126,33 @@ class ZipSource(Source):
         """The samples that this process should read: with ``part`` those in its cache, else all."""
         return self.own
 
-    def _check_repeats(self) -> None:
+    def _check_repeats(self, skip: bool) -> None:
         first = self.archive.first[self.archive.slots]
-        for late in np.flatnonzero(self.labels != self.labels[first]):
-            if self.paths[late] == self.paths[first[late]]:
-                raise ValueError(
+        for late in np.flatnonzero(self.labels != self.labels[first]).tolist():
+            if late not in self.faults and self.paths[late] == self.paths[first[late]]:
+                reason = (
                     f"{self.map}, line {late + 1}: {show(self.paths[late])} has label {self.labels[late]}, but "
                     f"{self.labels[first[late]]} in line {first[late] + 1}"
                 )
+                blame(late, reason, self.faults if skip else None)
 
 
-def map_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """(path, label) of each line; a label that is no number stays text. Raises ``ValueError`` naming the line."""
+def blame(number: int, reason: str, faults: Faults | None) -> None:
+    """Note the reason why a sample cannot be used, or raise it as ``ValueError`` where nobody keeps them."""
+    if faults is None:
+        raise ValueError(reason)
+    faults[number] = reason
+
+
+def map_lines(file: Path) -> Iterator[Pair]:
+    """(path, label) of each line, or what is wrong with it; a label that is no number stays text."""
     with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
+        for line in lines:
             path, *rest = line.rstrip("\n").split("\t")
-            if not rest:
-                raise ValueError(f"{file}, line {number}: no tab in {show(path)}; a line is path<TAB>label")
-            yield path, int(rest[0]) if LABEL.fullmatch(rest[0]) else rest[0]
+            if rest:
+                yield path, int(rest[0]) if LABEL.fullmatch(rest[0]) else rest[0]
+            else:
+                yield ValueError(f"no tab in {show(path)}; a line is path<TAB>label")
 
 
 class Archive:
@@ -145,31 +161,33 @@ class Archive:
     Args:
         names: the members' names in the archive.
         source: the file that lists them, one a line, for errors.
+        faults: passed over are the numbers in it; what is wrong with members is noted there. Else it is raised.
     """
 
-    def __init__(self, path: Path, names: Paths, source: Path):
+    def __init__(self, path: Path, names: Paths, source: Path, faults: Faults | None = None):
         self.path, self.names = path, names
         found = directory(path)
         size = path.stat().st_size
         rows = array("q")
         for number in range(len(names)):
-            member = found.get(names[number])
-            if member is None:
-                raise ValueError(f"{source}, line {number + 1}: {path} has no member {show(names[number])}")
-            if fault := unreadable(member, size):
-                raise ValueError(f"{self.name(number)} {fault}")
-            rows.extend(
-                (member.header_offset, member.compress_size, member.file_size, member.CRC, member.compress_type)
-            )
+            passed = faults is not None and number in faults
+            member = None if passed else found.get(names[number])
+            fault = unreadable(member, size) if member else ""
+            if fault:
+                blame(number, f"{self.name(number)} {fault}", faults)
+            elif not member and not passed:
+                reason = f"{source}, line {number + 1}: {path} has no member {show(names[number])}"
+                blame(number, reason, faults)
+            rows.extend(place_of(member) if member and not fault else NOWHERE)
         table = np.array(rows).reshape(-1, 5).T.copy()
         self.starts, self.packed, self.sizes, self.crcs, self.methods = table
         # Members are listed again by chance or on purpose: place in the order of the archive, and who is there first.
         _, self.first, self.slots = np.unique(self.starts, return_index=True, return_inverse=True)
-        for number in np.flatnonzero((table != table[:, self.first[self.slots]]).any(0)):
+        for number in np.flatnonzero((table != table[:, self.first[self.slots]]).any(0)).tolist():
             other = names[self.first[self.slots[number]]]
-            raise ValueError(
-                f"{self.name(number)} is damaged: it begins where {show(other)} does; copy the archive again"
-            )
+            reason = f"{self.name(number)} is damaged: it begins where {show(other)} does; copy the archive again"
+            blame(number, reason, faults)
+            self.starts[number] = NOWHERE[0]
         self.file = File(path)
 
     def __len__(self) -> int:
@@ -224,6 +242,10 @@ def directory(path: Path) -> dict[str, zipfile.ZipInfo]:
         raise OSError(f"{path}: cannot be read as a zip archive: {err}") from err
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError, EOFError) as err:
         raise ValueError(f"{path}: truncated or not a zip archive: {err}; copy it again") from err
+
+
+def place_of(member: zipfile.ZipInfo) -> tuple[int, ...]:
+    return member.header_offset, member.compress_size, member.file_size, member.CRC, member.compress_type
 
 
 def unreadable(member: zipfile.ZipInfo, archive_size: int) -> str:
@@ -310,12 +332,16 @@ def _reopen(path: str, identity: tuple[int, int]) -> SharedFile | None:
 class Cache:
     """Samples of an archive in shared memory, each member once, in the archive's order. `share` fills it.
 
+    After the members' bytes the memory has one byte for each of them: 1 if it could not be read.
+
     Args:
         samples: the numbers of the samples to hold.
+        skip: leave out members that cannot be read. Who reads them turns to the archive then, and hears the reason.
     """
 
-    def __init__(self, archive: Archive, samples: range):
+    def __init__(self, archive: Archive, samples: range, skip: bool = False):
         held = np.asarray(samples)
+        held = held[archive.starts[held] != NOWHERE[0]]
         _, first, slot = np.unique(archive.slots[held], return_index=True, return_inverse=True)
         self.members = held[first]
         self.sizes = archive.sizes
@@ -323,7 +349,7 @@ class Cache:
         self.size = int(ends[-1]) if len(ends) else 0
         self.offsets = np.full(len(archive), -1)
         self.offsets[held] = (ends - archive.sizes[self.members])[slot]
-        self.archive, self.samples = archive, samples
+        self.archive, self.samples, self.skip = archive, samples, skip
         self.file: SharedFile | None = None
 
     def read(self, index: int) -> bytes | None:
@@ -342,14 +368,17 @@ class Cache:
         """Raise ``OSError`` where it does not fit; ``instead`` are the cache modes that take less."""
         if self.size > (free := free_memory()):
             raise OSError(self._too_large(f"but {shared_folder()} has {free / 1e9:.2f} GB free", instead))
-        self.file.resize(self.size)
+        self.file.resize(self.file_size())
+
+    def file_size(self) -> int:
+        return self.size + len(self.members)
 
     def fill(self, step: int, instead: str) -> None:
         """Copy the ``step``-th of `STEPS` parts from the archive."""
-        part = np.array_split(self.members, STEPS)[step]
+        part = np.array_split(np.arange(len(self.members)), STEPS)[step]
         try:
             with ThreadPoolExecutor(THREADS) as pool:
-                for _ in pool.map(lambda run: self._copy(part[run]), runs(self.archive, part)):
+                for _ in pool.map(lambda run: self._copy(part[run]), runs(self.archive, self.members[part])):
                     pass
         except OSError as err:
             if err.errno != errno.ENOSPC:
@@ -360,17 +389,37 @@ class Cache:
         elif self.size > LARGE:
             logger.info(f"{self.archive.path}: cached {step + 1} of {STEPS} parts")
 
-    def _copy(self, members: np.ndarray) -> None:
-        """Members that lie close to each other, by one read."""
-        archive, start = self.archive, int(self.archive.starts[members[0]])
-        window = memoryview(archive.file.pread(int(archive.ends(members[-1])) - start, start))
+    def _copy(self, places: np.ndarray) -> None:
+        """Members that lie close to each other, by one read; ``places``: theirs in `members`."""
+        archive, members = self.archive, self.members[places]
+        start = int(archive.starts[members[0]])
+        try:
+            window = memoryview(archive.file.pread(int(archive.ends(members[-1])) - start, start))
+        except OSError:
+            if not self.skip:
+                raise
+            window = memoryview(b"")  # each by itself, then
 
         def pread(size: int, offset: int) -> bytes | memoryview:
             inside = window[offset - start : offset - start + size]
             return inside if len(inside) == size else archive.file.pread(size, offset)
 
-        for member in members:
-            self.file.pwrite(archive.read(member, pread), int(self.offsets[member]))
+        for place, member in zip(places.tolist(), members.tolist(), strict=True):
+            try:
+                data = archive.read(member, pread)
+            except (OSError, ValueError):
+                if not self.skip:
+                    raise
+                self.file.pwrite(b"\1", self.size + place)
+            else:
+                self.file.pwrite(data, int(self.offsets[member]))
+
+    def leave_out(self) -> None:
+        """Forget the members that could not be read, in the process that filled the memory and in all others."""
+        unread = np.frombuffer(self.file.pread(len(self.members), self.size), np.uint8) == 1
+        if unread.any():
+            self.offsets[np.isin(self.archive.slots, self.archive.slots[self.members[unread]])] = -1
+            logger.warning(f"{self.archive.path}: {unread.sum()} member(s) cannot be read, and are not cached")
 
     def _too_large(self, why: str, instead: str) -> str:
         return (
@@ -414,10 +463,11 @@ def share(
                 path.unlink(missing_ok=True)
                 cache.file.resize(0)
         barrier()
-    if not fault and cache.file.size() != cache.size:
+    if not fault and cache.file.size() != cache.file_size():
         fault = OSError(f"{cache.archive.path}: the first process of this machine could not cache it; see its error")
     if fault:
         raise fault
+    cache.leave_out()
 
 
 def runs(archive: Archive, members: np.ndarray) -> Iterator[slice]:

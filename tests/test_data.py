@@ -1,5 +1,6 @@
 """Data: the official transforms, exact sampling, seeds by sample, and errors that name files and classes."""
 
+import io
 import random
 from collections import Counter
 from pathlib import Path
@@ -13,11 +14,12 @@ from timm.data import create_transform
 from torch.utils.data import DistributedSampler
 from torchvision import transforms
 
-from data import build_loader
+from data import build_loader, decoding
+from data.decoding import build_decoder
 from data.images import Images, Skipped, collate
 from data.samplers import EvalSampler, PartSampler, TrainSampler
 from data.sources import Source
-from data.transforms import build_transform, posterize
+from data.transforms import Normalised, build_transform, posterize
 
 
 def config_for(folder: Path, *opts):
@@ -71,9 +73,57 @@ def test_training_transforms_are_timms_under_the_same_seeds():
     assert compared > 50
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "random"])
+def test_pixels_of_fast_decoders_give_the_same_as_pil_images(interpolation):
+    transform = build_transform(True, make_config(None, "DATA.INTERPOLATION", interpolation))
+    for seed, size in enumerate([(300, 250), (224, 224), (9, 700), (700, 9), (1, 1)] * 3):
+        image, results = photo(*size), []
+        for given in (image, np.array(image)):
+            random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+            results.append(transform(given))
+        assert torch.equal(*results)
+
+
+def test_earlier_versions_of_opencv_give_the_same_pixels(monkeypatch):
+    file = io.BytesIO()
+    photo(90, 70).save(file, "JPEG")
+    pixels = build_decoder("cv2")(file.getvalue(), "a.jpg")
+    monkeypatch.setattr(decoding, "READ_RGB", None)
+    assert np.array_equal(build_decoder("cv2")(file.getvalue(), "a.jpg"), pixels)
+    assert np.array_equal(pixels, Image.open(file).convert("RGB"))
+
+
+def test_normalising_is_torchvisions_bit_for_bit():
+    levels = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
+    official = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
+    for image in (levels, photo(31, 7), photo(1, 1), photo(700, 600)):
+        assert torch.equal(Normalised()(image), official(image))
+        assert Normalised()(image).is_contiguous()
+
+
+def test_loading_in_this_process_leaves_the_global_generators_alone(image_folder):
+    """A batch seeds them for each sample, and puts them back, also after an error."""
+
+    def states() -> list:
+        return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+    _, _, train, val, _ = build_loader(config_for(image_folder, "DATA.PIPELINE", "official"))
+    before = states()
+    assert len(list(train)) == 7 and len(list(val)) == 3 and states() == before
+    broken = break_image(image_folder, "train/ant/0.png")
+    train.sampler.set_epoch(1)
+    with pytest.raises(ValueError, match=broken):
+        for epoch in range(3):
+            train.sampler.set_epoch(epoch)
+            list(train)
+    assert states() == before
+
+
 def test_small_images_are_padded_and_cropped():
     transform = build_transform(True, make_config(None, "DATA.IMG_SIZE", 32))
-    assert isinstance(transform.transforms[0], transforms.RandomCrop) and transform.transforms[0].padding == 4
+    assert isinstance(transform.transforms[1], transforms.RandomCrop) and transform.transforms[1].padding == 4
     assert len(build_transform(False, make_config(None, "DATA.IMG_SIZE", 32)).transforms) == 2  # no resizing
 
 
@@ -286,10 +336,9 @@ def test_skipped_images_are_counted_and_batches_stay_full(image_folder, pipeline
 
 
 def test_a_batch_without_any_usable_image():
-    with pytest.raises(ValueError, match="none of the 2 images of a batch can be used; the first: a broken"):
-        collate([Skipped("a broken"), Skipped("b broken")], fill=True)
-    images, labels, skips = collate([Skipped("a broken")], fill=False)
-    assert images is None and labels is None and skips.reasons == ("a broken",)
+    for fill in (True, False):
+        images, labels, skips = collate([Skipped("a broken")], fill)
+        assert images is None and labels is None and skips.reasons == ("a broken",)
 
 
 def test_filled_places_repeat_images_of_the_batch():

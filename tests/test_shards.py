@@ -764,8 +764,8 @@ def records_of(raw: Path, **changes) -> None:
         (lambda raw: records_of(raw, height=0), "shard-000000.npy: an image without height or width"),
         (lambda raw: records_of(raw, width=2**30), "shard-000000.npy: an image without height or width"),
         (lambda raw: records_of(raw, offset=7), "an image does not begin where the one before it ends"),
-        (lambda raw: records_of(raw, label=-1), "labels from -1 to 2"),
-        (lambda raw: records_of(raw, label=3), "labels from 0 to 3, but there are 3 classes"),
+        (lambda raw: records_of(raw, label=-1), "shard-000000.npy: the label -1 of image 1, but there are 3 classes"),
+        (lambda raw: records_of(raw, label=3), "shard-000000.npy: the label 3 of image 1, but there are 3 classes"),
         (lambda raw: (raw / "shard-000000.raw").write_bytes(b"x" * 99), "shard-000000.raw has 99 bytes"),
     ],
 )

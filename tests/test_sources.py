@@ -540,7 +540,7 @@ def test_a_list_takes_little_more_memory_than_its_text(tmp_path):
         (
             "val/val_annotations.txt",
             lambda text: text[: text.index("\n") + 1],
-            "txt: no line for '.*', nor for 4 more in .*images",
+            "txt: no line for '.*' in .*val/images",
         ),
     ],
 )
