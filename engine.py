@@ -75,6 +75,7 @@ class Run:
     stop_signal: int = 0
     deadline: float = math.inf  # of TRAIN.TIME_LIMIT, on the monotonic clock
     best_saved: float = -1.0  # accuracy of ckpt_best.pth
+    after_epoch: Callable[["Run"], None] | None = None  # called on every rank before an epoch's state is saved
 
     def __post_init__(self):
         self.replica = self.model
@@ -102,19 +103,22 @@ def prepare(
     session: Session,
     model: nn.Module,
     loader_train: DataLoader,
-    loader_val: DataLoader | None,
+    loader_val: DataLoader | None = None,
     classes: list[str] | None = None,
+    make_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer,
+    after_epoch: Callable[[Run], None] | None = None,
 ) -> Run:
     """Optimizer, schedule and scaler for ``model``, which moves to the session's device."""
     config = session.config
     model.to(session.device)
-    optimizer = build_optimizer(config, model)
+    optimizer = make_optimizer(config, model)
     updates = math.ceil(len(loader_train) / config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, updates)
     scaler = utils.NativeScalerWithGradNormCount(session.device.type, enabled=session.amp_dtype == torch.float16)
     first = config.TRAIN.START_EPOCH
     progress = Progress(epoch=first, updates=first * updates, updates_per_epoch=updates)
-    return Run(session, model, loader_train, loader_val, optimizer, scheduler, scaler, classes or [], progress)
+    parts = (session, model, loader_train, loader_val, optimizer, scheduler, scaler)
+    return Run(*parts, classes or [], progress, after_epoch=after_epoch)
 
 
 def describe(session: Session, model: nn.Module) -> None:
@@ -250,6 +254,8 @@ def _finish_epoch(run: Run) -> None:
     progress.epoch, progress.samples = epoch + 1, 0
     stop = distributed.any_rank(run.should_stop(), run.session.device)
     if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
+        if run.after_epoch is not None:
+            run.after_epoch(run)
         save(run)
     if stop and progress.epoch < config.TRAIN.EPOCHS:
         raise run.stopped()

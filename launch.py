@@ -128,8 +128,12 @@ def _exit(code: int) -> None:
 
 
 @contextmanager
-def session(config: Any) -> Iterator[Session]:
-    """Device, process group, seeds, scaled learning rates, output folder and log for ``config``, itself unchanged."""
+def session(config: Any, amp: bool | None = None) -> Iterator[Session]:
+    """Device, process group, seeds, scaled learning rates, output folder and log for ``config``, itself unchanged.
+
+    Args:
+        amp: whether to use mixed precision where the device has it; ``AMP_ENABLE`` if None.
+    """
     device = distributed.pick_device()
     distributed.start(device)
     config = settle(config)
@@ -137,7 +141,7 @@ def session(config: Any) -> Iterator[Session]:
     os.makedirs(config.OUTPUT, exist_ok=True)
     logger = create_logger(config.OUTPUT, distributed.rank(), config.MODEL.NAME)
     try:
-        amp_dtype = pick_amp_dtype(config, device)
+        amp_dtype = pick_amp_dtype(config, device, amp)
         logger.info(
             f"{distributed.world_size()} process(es), {device}, {str(amp_dtype).removeprefix('torch.')}, "
             f"torch {torch.__version__}"
@@ -165,9 +169,12 @@ def settle(config: Any) -> Any:
     return config
 
 
-def pick_amp_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """``AMP_DTYPE``; for auto bfloat16 where the accelerator has it, else float16, and float32 on a CPU."""
-    if not config.AMP_ENABLE:
+def pick_amp_dtype(config: Any, device: torch.device, amp: bool | None = None) -> torch.dtype:
+    """``AMP_DTYPE``; for auto bfloat16 where the accelerator has it, else float16, and float32 on a CPU.
+
+    ``amp`` False asks for float32; True cannot overrule ``AMP_ENABLE`` (``--disable_amp``).
+    """
+    if not config.AMP_ENABLE or amp is False:
         return torch.float32
     if config.AMP_DTYPE != "auto":
         return AMP_DTYPES[config.AMP_DTYPE]

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import distributed
-from checkpoint import WeightsError, other_coordinates, pretrained_state, released_names, strict_state
+from checkpoint import Size, WeightsError, is_rebuilt, other_coordinates, pretrained_state, released_names, strict_state
 from config import to_dict
 from models.layers import patches_of
 from optimizer import load_optimizer_state
@@ -94,19 +94,29 @@ def resume(
     return saved
 
 
-def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger) -> None:
+def load_pretrained(
+    config: Any,
+    model: nn.Module,
+    logger: logging.Logger,
+    resize_table: Callable[[Tensor, Size, Size], Tensor] | None = None,
+) -> None:
     """Start from the weights of ``MODEL.PRETRAINED``, resized to this model (official ``utils.load_pretrained``).
+
+    Args:
+        resize_table: how position tables are resized; see `checkpoint.pretrained_state`.
 
     Raises ``ValueError`` where weights other than position tables, the first convolution's channels and the head do not
     fit; under ``EVAL_MODE`` also where the head does not.
     """
     path = config.MODEL.PRETRAINED
     logger.info(f"==============> Loading weight {path} for fine-tuning......")
-    _load_weights(config, model, read_checkpoint(path), path, logger)
+    _load_weights(config, model, read_checkpoint(path), path, logger, resize_table)
     logger.info(f"=> loaded successfully '{path}'")
 
 
-def _load_weights(config: Any, model: nn.Module, saved: dict, path: str, logger: logging.Logger) -> None:
+def _load_weights(
+    config: Any, model: nn.Module, saved: dict, path: str, logger: logging.Logger, resize_table: Callable | None = None
+) -> None:
     """Give ``model`` the weights of a checkpoint, fitted to its sizes; log what was changed."""
     resolution = getattr(model, "patches_resolution", None)
     with _named(path, logger):
@@ -116,8 +126,9 @@ def _load_weights(config: Any, model: nn.Module, saved: dict, path: str, logger:
             rows_22k_to_1k(),
             _saved_resolution(saved.get("config")),
             None if resolution is None else tuple(resolution),
+            resize_table,
         )
-        lost_head = next((note for note in notes if note.endswith("set to zero")), None)
+        lost_head = next((note for note in notes if note.endswith(("set to zero", "as initialised"))), None)
         if config.EVAL_MODE and lost_head:
             raise ValueError(f"{lost_head}, so there is nothing to evaluate")
         model.load_state_dict(state)
@@ -125,6 +136,12 @@ def _load_weights(config: Any, model: nn.Module, saved: dict, path: str, logger:
         notes.append("SwinV2's coordinates are those of MODEL.SWINV2.PRETRAINED_WINDOW_SIZES, not the file's")
     for note in notes:
         logger.info(note)
+    theirs = {id(value) for value in saved["model"].values()}
+    rebuilt, taken = sum(map(is_rebuilt, state)), sum(id(value) in theirs for value in state.values())
+    logger.info(
+        f"weights: {taken} as in the file, {len(state) - taken - rebuilt} changed or initialised as said above; "
+        f"{rebuilt} buffers rebuilt"
+    )
 
 
 def _saved_resolution(config: dict | None) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +19,13 @@ from .classes import SelectedClasses, read_class_list
 from .decoding import build_decoder
 from .device import DeviceLoader
 from .fast import FastEval, FastTrain
-from .images import Images, collate
+from .images import Images, collate, stack
 from .lists import LISTS, ListSource, collect
 from .policies import Augmentation
 from .raw import RawSource
 from .samplers import EvalSampler, PartSampler, TrainSampler
 from .shards import ShardSampler, ShardSet, StreamImages
-from .sources import FolderSource, Source, class_names
+from .sources import FolderSource, ImageTree, Source, class_names
 from .tiny_imagenet import TinyImageNetSource
 from .transforms import build_transform
 from .workers import LeaveSignalsToMain
@@ -36,7 +36,7 @@ Stored = Source | ShardSet
 logger = logging.getLogger(__name__)
 
 
-def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -> tuple:
+def build_loader(config: Any) -> tuple:
     """``dataset_train, dataset_val, data_loader_train, data_loader_val, mixup_fn``.
 
     Loaders give (images, labels) on this process's device, images normalised. Sets ``MODEL.NUM_CLASSES`` from the data,
@@ -45,13 +45,16 @@ def build_loader(config: Any, simmim: bool = False, is_pretrain: bool = False) -
     Raises:
         FileNotFoundError, ValueError: for data that is missing, unreadable or not of the model's classes.
     """
-    if simmim:
-        raise ValueError("simmim=True: this version has no SimMIM loaders yet")
+    if mixes(config) and config.DATA.BATCH_SIZE % 2 and not config.EVAL_MODE:
+        raise ValueError(
+            f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE} must be even with mixup or cutmix, "
+            "or set AUG.MIXUP 0 AUG.CUTMIX 0"
+        )
     train = None if config.EVAL_MODE else open_split(config, "train")
     known = training_classes(config) if train is None else known_of(train)
     val = open_split(config, "val", known.names, known.count)
     settle_classes(config, val, known)
-    loader_train = None if train is None else _train_loader(train, config)
+    loader_train = None if train is None else train_loader(train, config, build_decoding(config, True))
     loader_val = _eval_loader(val, config)
     dataset_train = None if train is None else loader_train.dataset
     return dataset_train, loader_val.dataset, loader_train, loader_val, build_mixup(config)
@@ -70,22 +73,35 @@ def source_kind(config: Any) -> str:
     return "zip" if zipped else "list" if config.DATA.DATASET == "imagenet22K" else "folder"
 
 
-def open_split(config: Any, split: str, names: Classes = None, count: int | None = None) -> Stored:
+def open_split(
+    config: Any, split: str, names: Classes = None, count: int | None = None, labelled: bool = True
+) -> Stored:
     """The training (``train``) or validation (``val``) samples; ``DATA.CLASSES`` chooses among them.
 
     Args:
         names: all classes by number; those that the data itself names if None.
         count: how many there are, if that is known; where labels from there on are skipped, it takes a limit.
+        labelled: whether labels are needed. If not, any folder of images will do, and any label.
     """
     kind, chosen = source_kind(config), config.DATA.CLASSES
+    open_kind = OPEN[kind] if labelled or kind != "folder" else _open_tree
     if not chosen:
-        limit = config.MODEL.NUM_CLASSES
+        limit = config.MODEL.NUM_CLASSES if labelled else None
         if config.MODEL.NUM_CLASSES_FROM_DATA:
             limit = count if skips(config) else None
-        return OPEN[kind](config, split, names, limit)
+        return open_kind(config, split, names, limit)
     if kind == "shards":
         raise ValueError(f"DATA.CLASSES={chosen}: a stream of shards cannot leave samples out; pack the others anew")
-    return SelectedClasses(OPEN[kind](config, split, names, None), read_class_list(Path(chosen)), chosen)
+    return SelectedClasses(open_kind(config, split, names, None), read_class_list(Path(chosen)), chosen)
+
+
+def has_split(config: Any, split: str) -> bool:
+    """Whether there is a file or folder that the samples of ``split`` would be read from."""
+    kind = source_kind(config)
+    if kind == "shards" and config.DATA[f"{split.upper()}_SHARDS"]:
+        return True
+    name = {"zip": MAPS, "list": LISTS}.get(kind, {}).get(split, split)
+    return bool(config.DATA.DATA_PATH) and Path(config.DATA.DATA_PATH, name).exists()
 
 
 def skips(config: Any) -> bool:
@@ -94,6 +110,11 @@ def skips(config: Any) -> bool:
 
 def _open_folder(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
     return FolderSource(_root(config) / split, classes, skips(config))
+
+
+def _open_tree(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
+    folder = _root(config) / split
+    return ImageTree(folder if split == "val" or folder.is_dir() else _root(config))
 
 
 def _open_zip(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
@@ -179,10 +200,15 @@ def class_count(samples: Stored) -> int | None:
     return samples.num_classes if isinstance(samples, ShardSet) else int(samples.labels.max()) + 1
 
 
+def mixes(config: Any) -> bool:
+    """Whether there is mixup or cutmix, which pair the images of a batch."""
+    return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+
+
 def build_mixup(config: Any) -> Mixup | None:
     """timm's mixup and cutmix on batches of (images, labels), or None where both are off."""
     aug = config.AUG
-    if aug.MIXUP <= 0 and aug.CUTMIX <= 0 and aug.CUTMIX_MINMAX is None:
+    if not mixes(config):
         return None
     return Mixup(
         mixup_alpha=aug.MIXUP,
@@ -206,12 +232,9 @@ def _root(config: Any) -> Path:
 
 def build_decoding(config: Any, is_train: bool) -> tuple[Callable, Callable]:
     """The decoder and the transform of samples, for ``DATA.PIPELINE`` and ``DATA.DECODER``."""
-    pipeline, name = resolve_pipeline(config), config.DATA.DECODER
-    on_device = pipeline == "device"
-    name = ("cv2" if on_device and is_train else "pil") if name == "auto" else name
-    logger.info(f"{'training' if is_train else 'evaluation'} images: decoder {name}, pipeline {pipeline}")
-    decode = build_decoder(name)
-    if not on_device:
+    pipeline = resolve_pipeline(config)
+    decode = pick_decoder(config, pipeline, is_train)
+    if pipeline != "device":
         return decode, build_transform(is_train, config)
     if not is_train:
         return decode, FastEval(build_transform(False, config).transforms[:-1])
@@ -219,12 +242,26 @@ def build_decoding(config: Any, is_train: bool) -> tuple[Callable, Callable]:
     return decode, FastTrain(size, config.AUG.HFLIP, config.DATA.INTERPOLATION, build_augmentation(config))
 
 
-def resolve_pipeline(config: Any) -> str:
-    """What ``auto`` stands for: device on CUDA, which has the float64 that it needs, for policies that it knows."""
+def pick_decoder(config: Any, pipeline: str, is_train: bool) -> Callable:
+    """The decoder of ``DATA.DECODER``."""
+    name = config.DATA.DECODER
+    name = ("cv2" if pipeline == "device" and is_train else "pil") if name == "auto" else name
+    logger.info(f"{'training' if is_train else 'evaluation'} images: decoder {name}, pipeline {pipeline}")
+    return build_decoder(name)
+
+
+def resolve_pipeline(config: Any, augments: bool = True) -> str:
+    """What ``auto`` stands for: device on CUDA, which has the float64 that it needs, for policies that it knows.
+
+    Args:
+        augments: whether images are augmented by the policy of ``AUG``.
+    """
     if config.DATA.PIPELINE != "auto":
         return config.DATA.PIPELINE
     if distributed.pick_device().type != "cuda":
         return "official"
+    if not augments:
+        return "device"
     try:
         build_augmentation(config)
     except ValueError:
@@ -238,7 +275,16 @@ def build_augmentation(config: Any) -> Augmentation:
     return Augmentation(size, aug.AUTO_AUGMENT, aug.COLOR_JITTER, config.DATA.INTERPOLATION, aug.REPROB, aug.RECOUNT)
 
 
-def _train_loader(samples: Stored, config: Any) -> DeviceLoader:
+def train_loader(
+    samples: Stored,
+    config: Any,
+    decoding: tuple[Callable, Callable],
+    stack: Callable[[Sequence[Any]], tuple] = stack,
+) -> DeviceLoader:
+    """Shuffled batches of ``DATA.BATCH_SIZE``, all full. ``stack`` makes a batch of samples, as `images.stack`.
+
+    Raises ``ValueError`` where samples do not fill one batch.
+    """
     rank, world_size, seed = distributed.rank(), distributed.world_size(), config.SEED
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, seed, buffer=config.DATA.SHUFFLE_BUFFER)
@@ -251,7 +297,7 @@ def _train_loader(samples: Stored, config: Any) -> DeviceLoader:
             f"{len(samples)} training images on {world_size} process(es) do not fill one batch of "
             f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE}; use at most {len(sampler)}"
         )
-    return _loader(samples, sampler, config, is_train=True)
+    return _loader(samples, sampler, config, True, decoding, stack)
 
 
 def _eval_loader(samples: Stored, config: Any) -> DeviceLoader:
@@ -260,12 +306,19 @@ def _eval_loader(samples: Stored, config: Any) -> DeviceLoader:
         sampler = ShardSampler(samples, rank, world_size, train=False)
     else:
         sampler = EvalSampler(len(samples), rank, world_size, test.SEQUENTIAL, test.SHUFFLE, config.SEED)
-    return _loader(samples, sampler, config, is_train=False)
+    return _loader(samples, sampler, config, False, build_decoding(config, False), stack)
 
 
-def _loader(samples: Stored, sampler: Sampler, config: Any, is_train: bool) -> DeviceLoader:
+def _loader(
+    samples: Stored,
+    sampler: Sampler,
+    config: Any,
+    is_train: bool,
+    decoding: tuple[Callable, Callable],
+    stack: Callable[[Sequence[Any]], tuple],
+) -> DeviceLoader:
     make: type[Dataset] = StreamImages if isinstance(samples, ShardSet) else Images
-    dataset = make(samples, *build_decoding(config, is_train), config.SEED, skips(config))
+    dataset = make(samples, *decoding, config.SEED, skips(config))
     workers = min(config.DATA.NUM_WORKERS, _cores_per_process())
     loader = DataLoader(
         dataset,
@@ -273,7 +326,7 @@ def _loader(samples: Stored, sampler: Sampler, config: Any, is_train: bool) -> D
         sampler=sampler,
         drop_last=is_train,
         num_workers=workers,
-        collate_fn=partial(collate, fill=is_train),
+        collate_fn=partial(collate, fill=is_train, stack=stack),
         pin_memory=config.DATA.PIN_MEMORY and torch.accelerator.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=LeaveSignalsToMain() if workers else None,

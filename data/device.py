@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import Finish
+from .augment import Finish, Plan
 from .images import Skips
 
 Batch = tuple[Tensor, ...]  # images, labels, and what the device needs for the fast pipeline
@@ -14,6 +14,8 @@ Batch = tuple[Tensor, ...]  # images, labels, and what the device needs for the 
 
 class DeviceLoader:
     """A loader's batches as (images, targets) on a device; images (B, 3, H, W), float32, normalised.
+
+    Masks, or whatever tensors come along, are handed on in their order.
 
     uint8 batches of the fast pipeline (`data.fast.collate`) are augmented, normalised and erased there; batches of the
     official pipeline, which are finished already, are copied. On CUDA, the next batch is copied and finished on a
@@ -51,7 +53,7 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Leaving early needs no care: persistent workers begin anew with the next iteration."""
         return map(self._finished, self._batches()) if self.stream is None else self._prefetched()
 
@@ -84,14 +86,14 @@ class DeviceLoader:
         if owed:
             raise ValueError(f"no usable image in {owed} batch(es), all of this epoch; the first: {self.skipped[0]}")
 
-    def _finished(self, batch: tuple) -> tuple[Tensor, Tensor]:
-        images, targets, *plan = batch
-        images, targets = (part.to(self.device, non_blocking=True) for part in (images, targets))
+    def _finished(self, batch: tuple) -> tuple[Tensor, ...]:
+        plan = [part.to(self.device) for part in batch if isinstance(part, Plan)]
+        images, *others = (part.to(self.device, non_blocking=True) for part in batch if isinstance(part, Tensor))
         if images.dtype == torch.uint8:
-            images = self.finish(images, *(part.to(self.device) for part in plan))
-        return images, targets
+            images = self.finish(images, *plan)
+        return images, *others
 
-    def _prefetched(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _prefetched(self) -> Iterator[tuple[Tensor, ...]]:
         ahead = failure = None
         batches = self._batches()
         while True:
@@ -111,7 +113,7 @@ class DeviceLoader:
                 return
             ahead = following
 
-    def _hand_over(self, batch: tuple[Tensor, Tensor], ready: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+    def _hand_over(self, batch: tuple[Tensor, ...], ready: torch.cuda.Event) -> tuple[Tensor, ...]:
         """Let the user's stream wait for the batch, and the allocator keep the memory until that stream is done."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(ready)

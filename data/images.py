@@ -99,8 +99,15 @@ class Images(Samples):
         return self.make(epoch, number, source.name(number), lambda: source.read(number), int(source.labels[number]))
 
 
-def collate(samples: Sequence[Any], fill: bool) -> tuple:
-    """A batch: images, labels, for the fast pipeline what the device needs, and `Skips` if anything was skipped.
+def stack(samples: Sequence[tuple[Any, int]]) -> tuple:
+    """A batch: images, labels, and for the fast pipeline what the device needs."""
+    image = samples[0][0]
+    uint8 = isinstance(image, tuple) or image.dtype == torch.uint8
+    return fast.collate(samples) if uint8 else tuple(default_collate(list(samples)))
+
+
+def collate(samples: Sequence[Any], fill: bool, stack: Callable[[Sequence[Any]], tuple] = stack) -> tuple:
+    """A batch as ``stack`` makes it, and `Skips` if anything was skipped.
 
     Args:
         fill: put other samples of the batch, in turn, in the places of skipped ones, so that every rank has full
@@ -111,19 +118,13 @@ def collate(samples: Sequence[Any], fill: bool) -> tuple:
     reasons = tuple(sample.reason for sample in samples if isinstance(sample, Skipped))
     good = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not reasons:
-        return _stack(good)
+        return stack(good)
     if not good:
         return None, None, Skips(reasons)
     if fill:
         spare = iter(good * len(reasons))
         good = [next(spare) if isinstance(sample, Skipped) else sample for sample in samples]
-    return *_stack(good), Skips(reasons)
-
-
-def _stack(samples: Sequence[Any]) -> tuple:
-    image = samples[0][0]
-    uint8 = isinstance(image, tuple) or image.dtype == torch.uint8
-    return fast.collate(samples) if uint8 else tuple(default_collate(list(samples)))
+    return *stack(good), Skips(reasons)
 
 
 _kept = False  # whether somebody puts the global generators back later

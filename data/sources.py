@@ -5,6 +5,7 @@ are the same, so that samplers and checkpoints can speak of them.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,34 @@ class FolderSource(Source):
     def read(self, index: int) -> bytes:
         with open(self.paths[index], "rb") as file:  # a Path would take a tenth of the time to read it
             return file.read()
+
+
+class ImageTree(FolderSource):
+    """All images below ``root``, for training that needs no labels; hidden files and folders are left out.
+
+    Where every image lies in a folder, these folders are the classes, as for `FolderSource`, but may be empty. Where
+    images lie in ``root`` itself, they and all others have the label 0, and no class has a name.
+
+    Raises ``FileNotFoundError`` where the folder is missing or holds no images.
+    """
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; --data-path takes a folder with images, or with train/")
+        with os.scandir(root) as listed:  # unlike Path.iterdir, it knows of a million files which are folders
+            entries = [(entry.name, entry.is_dir()) for entry in listed if not entry.name.startswith(".")]
+        folders = sorted(name for name, is_folder in entries if is_folder)
+        has_images = any(name.lower().endswith(IMG_EXTENSIONS) for name, is_folder in entries if not is_folder)
+        is_flat = has_images or not folders
+        self.classes = None if is_flat else folders
+        numbers = {"": 0} if is_flat else {name: i for i, name in enumerate(folders)}
+        samples = ImageFolder.make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+        hidden, start = f"{os.sep}.", len(str(root))
+        samples = [(path, label) for path, label in samples if hidden not in path[start:]]
+        if not samples:
+            raise FileNotFoundError(f"{root}: no images in it, nor in its folders; they end in .jpg, .png and the like")
+        self.paths = [path for path, _ in samples]
+        self.labels = np.array([label for _, label in samples])
 
 
 def class_names(root: Path) -> list[str]:

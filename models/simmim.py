@@ -37,7 +37,7 @@ class MaskedEncoder:
         if self.out_indices:
             return self.forward_maps(x)
         x, resolution = self.run_stages(*self.embed(x, mask))
-        return self.norm(x).transpose(1, 2).unflatten(2, resolution)
+        return self.norm(x).transpose(1, 2).unflatten(2, resolution).contiguous()  # as DDP wants the decoder's gradient
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -82,13 +82,32 @@ class SimMIM(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mean absolute error on hidden pixels, of images (B, C, height, width) and a mask (B, H, W)."""
-        reconstruction = self.decoder(self.encoder(x, mask))
-        hidden = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2).unsqueeze(1)
+        errors, hidden = self.errors(self.decoder(self.encoder(x, mask)), x, mask)
+        return errors.sum() / (hidden.sum() + 1e-5) / self.in_chans
+
+    def errors(self, prediction: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Absolute errors (B, C, height, width), 0 where pixels are seen, and hidden pixels (B, 1, height, width)."""
+        hidden = self.hidden_pixels(mask)
+        mean, deviation = self.target_statistics(x)
+        return F.l1_loss(prediction, (x - mean) / deviation, reduction="none") * hidden, hidden
+
+    def hidden_pixels(self, mask: Tensor) -> Tensor:
+        """A mask of patches (B, H, W) as one of pixels (B, 1, height, width)."""
+        return mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2).unsqueeze(1)
+
+    def target_statistics(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """What targets are normalised by: those of `window_statistics`, or 0 and 1."""
         target = self.config.NORM_TARGET
-        if target.ENABLE:
-            x = norm_targets(x, target.PATCH_SIZE)
-        errors = F.l1_loss(reconstruction, x, reduction="none")
-        return (errors * hidden).sum() / (hidden.sum() + 1e-5) / self.in_chans
+        return window_statistics(x, target.PATCH_SIZE) if target.ENABLE else (0.0, 1.0)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each image (B,), and the predicted images (B, C, height, width), normalised as ``x`` is."""
+        prediction = self.decoder(self.encoder(x, mask)).to(x.dtype)
+        errors, hidden = self.errors(prediction, x, mask)
+        mean, deviation = self.target_statistics(x)
+        loss = errors.flatten(1).sum(1) / (hidden.flatten(1).sum(1) + 1e-5) / self.in_chans
+        return loss, prediction * deviation + mean
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -104,16 +123,26 @@ def norm_targets(targets: Tensor, patch_size: int) -> Tensor:
 
     Raises ``ValueError`` for a side that is even, or 1.
     """
-    if patch_size % 2 == 0 or patch_size < 3:
-        raise ValueError(f"patch_size={patch_size} (MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE) must be odd and at least 3")
+    mean, deviation = window_statistics(targets, patch_size)
+    return (targets - mean) / deviation
+
+
+def window_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) deviation around each pixel, of `norm_targets`; both (B, C, height, width)."""
+    check_window_side(patch_size)
 
     def window_mean(x: Tensor, of_whole_window: bool = False) -> Tensor:
         return F.avg_pool2d(x, patch_size, stride=1, padding=patch_size // 2, count_include_pad=of_whole_window)
 
-    mean = window_mean(targets)
-    count = window_mean(torch.ones_like(targets), of_whole_window=True) * patch_size**2
-    variance = (window_mean(targets**2) - mean**2) * (count / (count - 1))
-    return (targets - mean) / (variance.clamp(min=0.0) + 1e-6) ** 0.5
+    mean = window_mean(images)
+    count = window_mean(torch.ones_like(images), of_whole_window=True) * patch_size**2
+    variance = (window_mean(images**2) - mean**2) * (count / (count - 1))
+    return mean, (variance.clamp(min=0.0) + 1e-6) ** 0.5
+
+
+def check_window_side(patch_size: int) -> None:
+    if patch_size % 2 == 0 or patch_size < 3:
+        raise ValueError(f"patch_size={patch_size} (MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE) must be odd and at least 3")
 
 
 def build_simmim(config: Any) -> SimMIM:
@@ -130,6 +159,8 @@ def build_simmim(config: Any) -> SimMIM:
         raise ValueError(
             "MODEL.PAD_MAPS=True: SimMIM reconstructs whole patches; choose a DATA.IMG_SIZE that needs no padding"
         )
+    if config.MODEL.SIMMIM.NORM_TARGET.ENABLE:
+        check_window_side(config.MODEL.SIMMIM.NORM_TARGET.PATCH_SIZE)
     encoder = ENCODERS[kind](**{**model_arguments(config), "num_classes": 0})
     stride = section.PATCH_SIZE * 2 ** (len(section.DEPTHS) - 1)
     return SimMIM(config.MODEL.SIMMIM, encoder, stride, section.IN_CHANS, section.PATCH_SIZE)

@@ -141,3 +141,48 @@ def small_run(data: Path, *opts) -> list[str]:
 
 
 EMPTY_CONFIG = GOLDEN / "empty.yaml"
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Weights, optimizer, schedule, position and generators of two checkpoints, bit for bit."""
+    first, second = (torch.load(path, weights_only=True) for path in (a, b))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for one, two in zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    for key in ("max_accuracy", "epoch", "progress"):
+        assert first[key] == second[key], key
+    for one, two in zip(first["rng"], second["rng"], strict=True):
+        assert torch.equal(one["torch"], two["torch"]) and torch.equal(one["numpy"][1], two["numpy"][1])
+
+
+# A script that sends itself a signal when it begins a given training step, counted over the run and on each rank.
+STOPS_ITSELF = """
+import os, sys
+sys.path.insert(0, {root!r})
+import launch, supervised, {script}
+number, stop_at, seen = int(os.environ["SIGNAL"]), int(os.environ["STOP_AT"]), 0
+compute = {owner}.{name}
+def counted(*arguments):
+    global seen
+    seen += 1
+    if seen == stop_at:
+        if os.environ["GROUP"]:  # loader workers too, as Ctrl-C on a terminal
+            os.killpg(os.getpgrp(), number)
+        else:
+            os.kill(os.getpid(), number)
+    return compute(*arguments)
+{owner}.{name} = counted
+launch.run({script}.main, "")
+"""
+
+
+def write_stopping_script(folder: Path, script: str, owner: str, name: str) -> Path:
+    """`STOPS_ITSELF` for the loss ``owner.name`` of one of the scripts; SIGNAL, STOP_AT and GROUP steer it."""
+    path = folder / "stops_itself.py"
+    path.write_text(STOPS_ITSELF.format(root=str(ROOT), script=script, owner=owner, name=name))
+    return path

@@ -111,7 +111,6 @@ def test_amp_opt_level_o0_turns_amp_off():
         (["TRAIN.EPOCHS"], "has no partner"),
         (["DATA.BATCH_SIZE", "0"], "DATA.BATCH_SIZE=0; the smallest allowed value is 1"),
         (["DATA.NUM_WORKERS", "-1"], "DATA.NUM_WORKERS=-1; the smallest allowed value is 0"),
-        (["DATA.BATCH_SIZE", "7"], "must be even with mixup"),
         (["AMP_DTYPE", "bf32"], "choose from"),
         (["AUG.MIXUP_MODE", "elm"], "choose from"),
         (["MODEL.DROP_PATH_RATE", "2"], "the largest allowed value is 1"),

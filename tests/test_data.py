@@ -361,3 +361,9 @@ def test_oblong_sizes_keep_the_aspect_of_images():
     assert crop.size == (96, 192) and crop.ratio == (3 / 2, 8 / 3)
     tall = build_transform(False, make_config(None, "DATA.IMG_SIZE", [192, 96], "TEST.CROP", False))(image)
     assert tall.shape == (3, 192, 96)
+
+
+def test_batches_of_an_odd_size_cannot_be_mixed(image_folder):
+    config = make_config(None, "DATA.BATCH_SIZE", 7, data_path=str(image_folder))
+    with pytest.raises(ValueError, match=r"DATA.BATCH_SIZE=7 must be even with mixup"):
+        build_loader(config)

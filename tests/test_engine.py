@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import engine
 import launch
 from data import build_loader
-from main import SupervisedLoss
 from models import build_model
+from supervised import SupervisedLoss
 
 NUMBER = r"-?[\d.]+(?:e-?\d+)?"
 TRAIN_LINE = re.compile(

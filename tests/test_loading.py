@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sizes import FAMILIES, NAMES, logits_of, small
 
+import engine
 import main
 import utils
 from checkpoint import (
@@ -23,6 +24,7 @@ from checkpoint import (
     window_of,
 )
 from config import to_dict
+from models import build_model
 from models.layers import relative_position_index
 from models.simmim import SimMIM, SwinTransformerV2ForSimMIM
 from models.swin_mlp import SwinMLP
@@ -131,16 +133,16 @@ def test_released_names_are_understood():
     for name, value in encoder.state_dict().items():
         if name != "mask_token":
             assert torch.equal(fitted[name], value), name
-    assert not fitted["head.weight"].any()
+    assert torch.equal(fitted["head.weight"], model.state_dict()["head.weight"])
     left_out = "left out: decoder.0.weight, decoder.0.bias, encoder.mask_token"
-    assert left_out in notes[0] and notes[1] == "head: no classes in the file, 3 in the model; set to zero"
+    assert left_out in notes[0] and notes[1] == "head: no classes in the file, 3 in the model; as initialised"
     plain, notes = released_names(model.state_dict(), model.state_dict())
     assert list(plain) == list(model.state_dict()) and not notes
 
 
 def test_simmim_resumes_its_own_files():
     config = make_config(None, *SMALL, "MODEL.TYPE", "swinv2", "DATA.IMG_SIZE", 32, "MODEL.SWINV2.WINDOW_SIZE", 4)
-    model = main.build_model(config, is_pretrain=True)
+    model = build_model(config, is_pretrain=True)
     state, notes = pretrained_state(model.state_dict(), model.state_dict())
     assert not notes and all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
@@ -154,10 +156,10 @@ def test_windows_of_equal_area_are_not_taken_for_each_other():
 def test_an_embedding_takes_its_sides_from_the_files_configuration(tmp_path):
     oblong = ["DATA.IMG_SIZE", [32, 8], "MODEL.SWIN.APE", True, "MODEL.SWIN.WINDOW_SIZE", 2, "MODEL.NUM_CLASSES", 3]
     config = make_config(None, *SMALL, *oblong)
-    source = main.build_model(config)  # a map of 16x4 tokens, as many as of 8x8
+    source = build_model(config)  # a map of 16x4 tokens, as many as of 8x8
     torch.save({"model": source.state_dict(), "config": to_dict(config)}, tmp_path / "oblong.pth")
     square = make_config(None, *SMALL, *oblong, "DATA.IMG_SIZE", 16, pretrained=str(tmp_path / "oblong.pth"))
-    model = main.build_model(square)
+    model = build_model(square)
     utils.load_pretrained(square, model, LOGGER)
     source.set_input_size(16)
     assert torch.equal(model.absolute_pos_embed, source.absolute_pos_embed)
@@ -167,14 +169,14 @@ def test_v2_of_other_pretrained_windows_is_not_resumed_silently(tmp_path, caplog
     small_v2 = [str(o).replace("SWIN.", "SWINV2.") if isinstance(o, str) else o for o in SMALL]
     small_v2 += ["MODEL.TYPE", "swinv2", "MODEL.NUM_CLASSES", 3]
     config = make_config(None, *small_v2, "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES", [2, [2, 3]])
-    torch.save(main.build_model(config).state_dict(), tmp_path / "v2.pth")
+    torch.save(build_model(config).state_dict(), tmp_path / "v2.pth")
     for flags in ({}, {"eval": True}):
         other = make_config(None, *small_v2, **flags, resume=str(tmp_path / "v2.pth"))
         with pytest.raises(ValueError, match=r"are of other MODEL.SWINV2.PRETRAINED_WINDOW_SIZES"):
-            utils.load_checkpoint(other, main.build_model(other), None, None, None, LOGGER)
+            utils.load_checkpoint(other, build_model(other), None, None, None, LOGGER)
     other = make_config(None, *small_v2, pretrained=str(tmp_path / "v2.pth"))
     with caplog.at_level(logging.INFO, "test"):
-        utils.load_pretrained(other, main.build_model(other), LOGGER)
+        utils.load_pretrained(other, build_model(other), LOGGER)
     assert "coordinates are those of MODEL.SWINV2.PRETRAINED_WINDOW_SIZES" in caplog.text
 
 
@@ -187,7 +189,7 @@ def test_a_head_of_zeros_can_be_evaluated(tmp_path):
 
 def test_every_key_that_does_not_fit_is_in_the_log(tmp_path, caplog):
     config = make_config(None, *SMALL, "MODEL.NUM_CLASSES", 3)
-    model = main.build_model(config)
+    model = build_model(config)
     state = {name.replace("norm2", "norm7"): value for name, value in model.state_dict().items()}
     torch.save(state, tmp_path / "other.pth")
     for flag in ("pretrained", "resume"):
@@ -207,7 +209,7 @@ def saved(tmp_path, *opts, name: str = "weights.pth", change=None):
     """A file of `SMALL` under ``opts``, and its model."""
     config = make_config(None, *SMALL, *opts)
     torch.manual_seed(5)
-    model = main.build_model(config)
+    model = build_model(config)
     state = model.state_dict()
     if change is not None:
         state = change(state)
@@ -219,7 +221,7 @@ def test_evaluation_resumes_at_another_resolution_window_and_channel_count(tmp_p
     _, path = saved(tmp_path, "MODEL.NUM_CLASSES", 3)
     opts = ["DATA.IMG_SIZE", 32, "MODEL.SWIN.WINDOW_SIZE", 8, "MODEL.SWIN.IN_CHANS", 1, "MODEL.NUM_CLASSES", 3]
     config = make_config(None, *SMALL, *opts, eval=True, resume=path)
-    model = main.build_model(config)
+    model = build_model(config)
     with caplog.at_level(logging.INFO, "test"):
         utils.load_checkpoint(config, model, None, None, None, LOGGER)
     assert "relative_position_bias_table: from 49x2 to 225x2" in caplog.text
@@ -230,7 +232,7 @@ def test_evaluation_resumes_at_another_resolution_window_and_channel_count(tmp_p
         utils.load_checkpoint(training, model, None, None, None, LOGGER)
     other = make_config(None, *SMALL, "MODEL.NUM_CLASSES", 4, eval=True, resume=path)
     with pytest.raises(ValueError, match=r"3 classes in the file, 4 in the model.*nothing to evaluate"):
-        utils.load_checkpoint(other, main.build_model(other), None, None, None, LOGGER)
+        utils.load_checkpoint(other, build_model(other), None, None, None, LOGGER)
 
 
 def fine_tune(tmp_path, data, path, *opts):
@@ -241,7 +243,7 @@ def fine_tune(tmp_path, data, path, *opts):
         began.update({name: value.clone() for name, value in run.model.state_dict().items()})
         return real(run, compute_loss)
 
-    real, main.engine.fit = main.engine.fit, keep
+    real, engine.fit = engine.fit, keep
     try:
         config = make_config(
             None, *SMALL, "TRAIN.EPOCHS", 1, "DATA.DATA_PATH", str(data), "OUTPUT", str(tmp_path / "output"), *opts,
@@ -249,7 +251,7 @@ def fine_tune(tmp_path, data, path, *opts):
         )  # fmt: skip
         main.main(config)
     finally:
-        main.engine.fit = real
+        engine.fit = real
     return began, (tmp_path / "output" / "small" / "default" / "log_rank0.txt").read_text()
 
 

@@ -8,47 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_run, write_images
+from conftest import ROOT, assert_same_state, small_run, weights, write_images, write_stopping_script
 
 SAVED = "output/small/default"
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Weights, optimizer, schedule and position, bit for bit."""
-    first, second = (torch.load(path, weights_only=True) for path in (a, b))
-    for name, value in first["model"].items():
-        assert torch.equal(value, second["model"][name]), name
-    for one, two in zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(one[key], two[key]) for key in one)
-    for key in ("max_accuracy", "epoch", "progress"):
-        assert first[key] == second[key], key
-    for one, two in zip(first["rng"], second["rng"], strict=True):
-        assert torch.equal(one["torch"], two["torch"]) and torch.equal(one["numpy"][1], two["numpy"][1])
-
-
-# main.py that sends itself a signal when it begins a given training step, counted over the run and on each rank.
-STOPS_ITSELF = """
-import os, sys
-sys.path.insert(0, {root!r})
-import launch, main
-number, stop_at, seen = int(os.environ["SIGNAL"]), int(os.environ["STOP_AT"]), 0
-compute = main.SupervisedLoss.__call__
-def counted(self, model, batch):
-    global seen
-    seen += 1
-    if seen == stop_at:
-        if os.environ["GROUP"]:  # loader workers too, as Ctrl-C on a terminal
-            os.killpg(os.getpgrp(), number)
-        else:
-            os.kill(os.getpid(), number)
-    return compute(self, model, batch)
-main.SupervisedLoss.__call__ = counted
-launch.run(main.main, "")
-"""
 
 
 @pytest.mark.parametrize(
@@ -73,9 +35,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     arguments = small_run(image_folder, "SAVE_STEPS", 2, "AUG.REPROB", 0.5, *opts)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_script("main.py", *arguments, "--output", whole, torchrun=torchrun)
-    script = tmp_path / "stops_itself.py"
-    script.write_text(STOPS_ITSELF.format(root=str(ROOT)))
     group = "yes" if "DATA.NUM_WORKERS" in opts else ""
+    script = write_stopping_script(tmp_path, "main", "supervised.SupervisedLoss", "__call__")
     environment = {"SIGNAL": str(int(number)), "STOP_AT": str(stop_at), "GROUP": group}
     stopped = run_script(script, *arguments, "--output", parts, torchrun=torchrun, check=False, env=environment)
     if torchrun:
@@ -87,7 +48,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         assert len(list((parts / "small/default").glob("ckpt_epoch_*_step_*.pth"))) == 1
     resumed = [*arguments, "DATA.NUM_WORKERS", 0 if group else 2, "--output", parts]
     run_script("main.py", *resumed, torchrun=torchrun)
-    assert_same(*(root / "small/default/ckpt_epoch_1.pth" for root in (whole, parts)))
+    assert_same_state(*(root / "small/default/ckpt_epoch_1.pth" for root in (whole, parts)))
 
 
 def test_train_evaluate_resume(image_folder, tmp_path, run_script):

@@ -1,6 +1,7 @@
 """Optimizers, schedules and the loop against thirty official iterations."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import engine
 import launch
 from config import to_dict
 from lr_scheduler import build_scheduler
-from main import SupervisedLoss
 from models import build_model
 from optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state
+from supervised import SupervisedLoss
 
 LR = golden("lr")["lr"]
 TRAIN = golden("train")
@@ -75,8 +76,8 @@ def test_thirty_iterations_are_the_official_ones(name, tmp_path, monkeypatch):
     rows = []
     with official_run(case, tmp_path) as session:
         model = fill(build_model(session.config))
-        monkeypatch.setattr(engine, "build_optimizer", lambda c, m: build_optimizer(c, m, simmim="simmim" in name))
-        run = engine.prepare(session, model, official_epoch(case, 0), None)
+        make_optimizer = partial(build_optimizer, simmim="simmim" in name)
+        run = engine.prepare(session, model, official_epoch(case, 0), make_optimizer=make_optimizer)
 
         class Recorder(engine.EpochMeters):
             def add(self, loss, norm, values):

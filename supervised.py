@@ -1,0 +1,97 @@
+"""Training, evaluating and timing a classifier: what main.py and main_simmim_ft.py have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import engine
+import utils
+from config import OFFICIAL_CLASSES
+from data import build_loader
+from launch import Session
+from models import build_model
+from optimizer import build_optimizer
+
+
+class SupervisedLoss:
+    """Cross-entropy; against soft targets where mixup or cutmix made them, else with label smoothing."""
+
+    def __init__(self, mixup: Mixup | None, label_smoothing: float):
+        self.mixup = mixup
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets = batch
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        logits = model(images).float()
+        if targets.is_floating_point():
+            return F.cross_entropy(logits, targets), {}
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        return loss, {"accuracy": 100 * (logits.argmax(1) == targets).float().mean()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script does its own way; the defaults are those of main.py."""
+
+    build_loader: Callable[[Any], tuple] = build_loader
+    build_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer
+    load_pretrained: Callable[..., None] = utils.load_pretrained
+
+
+def run(session: Session, task: Task | None = None) -> float:
+    """Do what the configuration says.
+
+    Returns the best top-1 accuracy in percent, or images per second for ``THROUGHPUT_MODE``.
+    """
+    task = task or Task()
+    if session.config.THROUGHPUT_MODE:
+        return time_model(session)
+    if session.config.EVAL_MODE:
+        return evaluate(session, task)
+    return train(session, task)
+
+
+def train(session: Session, task: Task) -> float:
+    config = session.config
+    dataset_train, _, loader_train, loader_val, mixup = task.build_loader(config)
+    model = build_model(config)
+    engine.describe(session, model)
+    run = engine.prepare(session, model, loader_train, loader_val, dataset_train.classes, task.build_optimizer)
+    checkpoint = engine.find_checkpoint(session)
+    if checkpoint:
+        engine.restore(run, checkpoint)
+    elif config.MODEL.PRETRAINED:
+        task.load_pretrained(config, model, session.logger)
+    if checkpoint or config.MODEL.PRETRAINED:
+        engine.validate(session, model, loader_val)
+    return engine.fit(run, SupervisedLoss(mixup, config.MODEL.LABEL_SMOOTHING))
+
+
+def evaluate(session: Session, task: Task) -> float:
+    config = session.config
+    _, dataset_val, _, loader_val, _ = task.build_loader(config)
+    model = build_model(config)
+    engine.describe(session, model)
+    if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
+        task.load_pretrained(config, model, session.logger)
+    else:
+        engine.load_weights(session, model, dataset_val.classes)
+    return engine.validate(session, model.to(session.device), loader_val)[0]
+
+
+def time_model(session: Session) -> float:
+    config = session.config
+    if config.MODEL.NUM_CLASSES_FROM_DATA:  # no data is needed here: the official head of this dataset
+        config.defrost()
+        config.MODEL.NUM_CLASSES = OFFICIAL_CLASSES.get(config.DATA.DATASET, config.MODEL.NUM_CLASSES)
+        config.freeze()
+    model = build_model(config)
+    engine.describe(session, model)
+    return engine.throughput(session, model)
