@@ -1,10 +1,12 @@
 """Checkpoints on disk, gradient scaling: the official ``utils.py`` around the pure functions of `checkpoint`."""
 
+import errno
 import hashlib
 import logging
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -58,21 +60,26 @@ def resume(
     lr_scheduler: Any | None,
     loss_scaler: "NativeScalerWithGradNormCount | None",
     logger: logging.Logger,
+    read: Callable[[str], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """As `load_checkpoint`; returns what else the file holds (position, generators, class names, best accuracy).
 
     Under ``EVAL_MODE`` weights of another window, image size or number of channels are fitted as by `load_pretrained`.
 
+    Args:
+        read: gives a checkpoint's content, as `read_checkpoint` does.
+
     Raises ``ValueError`` where the file is not a checkpoint of this model.
     """
     path = config.MODEL.RESUME
     logger.info(f"==============> Resuming form {path}....................")  # sic: people parse it
-    saved = read_checkpoint(path)
+    saved = (read or read_checkpoint)(path)
     weights = saved.pop("model")
     with _named(path, logger):
         expected = model.state_dict()
         if other_coordinates(weights, expected):
-            raise ValueError("its SwinV2 coordinates are of other MODEL.SWINV2.PRETRAINED_WINDOW_SIZES; give those")
+            key = f"MODEL.{config.MODEL.TYPE.upper()}.PRETRAINED_WINDOW_SIZES"
+            raise ValueError(f"its SwinV2 coordinates are of other {key}; give those")
         if not config.EVAL_MODE:
             model.load_state_dict(strict_state(released_names(weights, expected)[0], expected))
     if config.EVAL_MODE:
@@ -108,10 +115,23 @@ def load_pretrained(
     Raises ``ValueError`` where weights other than position tables, the first convolution's channels and the head do not
     fit; under ``EVAL_MODE`` also where the head does not.
     """
+    start_from(config, model, logger, read_checkpoint, resize_table)
+
+
+def start_from(
+    config: Any,
+    model: nn.Module,
+    logger: logging.Logger,
+    read: Callable[[str], dict[str, Any]],
+    resize_table: Callable[[Tensor, Size, Size], Tensor] | None = None,
+) -> dict[str, Any]:
+    """As `load_pretrained`, with what ``read`` gives of the path; returns that."""
     path = config.MODEL.PRETRAINED
     logger.info(f"==============> Loading weight {path} for fine-tuning......")
-    _load_weights(config, model, read_checkpoint(path), path, logger, resize_table)
+    saved = read(path)
+    _load_weights(config, model, saved, path, logger, resize_table)
     logger.info(f"=> loaded successfully '{path}'")
+    return saved
 
 
 def _load_weights(
@@ -133,7 +153,8 @@ def _load_weights(
             raise ValueError(f"{lost_head}, so there is nothing to evaluate")
         model.load_state_dict(state)
     if other_coordinates(saved["model"], state):
-        notes.append("SwinV2's coordinates are those of MODEL.SWINV2.PRETRAINED_WINDOW_SIZES, not the file's")
+        key = f"MODEL.{config.MODEL.TYPE.upper()}.PRETRAINED_WINDOW_SIZES"
+        notes.append(f"SwinV2's coordinates are those of {key}, not the file's")
     for note in notes:
         logger.info(note)
     theirs = {id(value) for value in saved["model"].values()}
@@ -193,7 +214,30 @@ def save_checkpoint(
     Returns:
         The file's path. It appears complete or not at all; files of the same epoch's earlier steps are removed.
     """
-    state = {
+    state = training_state(config, epoch, model, max_accuracy, optimizer, lr_scheduler, loss_scaler, step, **extra)
+    path = checkpoint_path(config, epoch, step)
+    logger.info(f"{path} saving......")
+    write_atomically(state, path)
+    logger.info(f"{path} saved !!!")
+    for other in path.parent.glob("ckpt_epoch_*_step_*.pth"):
+        if progress_of(other) < progress_of(path):
+            other.unlink()
+    return path
+
+
+def training_state(
+    config: Any,
+    epoch: int,
+    model: nn.Module,
+    max_accuracy: float,
+    optimizer: Optimizer,
+    lr_scheduler: Any,
+    loss_scaler: "NativeScalerWithGradNormCount",
+    step: int = 0,
+    **extra: Any,
+) -> dict[str, Any]:
+    """The content of a checkpoint; arguments as of `save_checkpoint`."""
+    return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "lr_scheduler": lr_scheduler.state_dict(),
@@ -203,15 +247,10 @@ def save_checkpoint(
         "config": to_dict(config),
         **extra,
     }
-    folder = Path(config.OUTPUT)
-    path = folder / (f"ckpt_epoch_{epoch}_step_{step}.pth" if step else f"ckpt_epoch_{epoch}.pth")
-    logger.info(f"{path} saving......")
-    write_atomically(state, path)
-    logger.info(f"{path} saved !!!")
-    for other in folder.glob("ckpt_epoch_*_step_*.pth"):
-        if _progress_of(other) < _progress_of(path):
-            other.unlink()
-    return path
+
+
+def checkpoint_path(config: Any, epoch: int | str, step: int = 0) -> Path:
+    return Path(config.OUTPUT) / (f"ckpt_epoch_{epoch}_step_{step}.pth" if step else f"ckpt_epoch_{epoch}.pth")
 
 
 def save_best(
@@ -233,21 +272,32 @@ def best_accuracy(config: Any) -> float:
 
 def write_atomically(state: dict[str, Any], path: Path) -> None:
     """Save to a temporary file, flush it to the disk, rename it: a crash leaves the old file or the new one."""
+    temporary = write_temporary(state, path)
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_temporary(state: dict[str, Any], path: Path) -> Path:
+    """Save to a temporary file beside ``path``, flush it to the disk, and return it; nothing stays where this fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """A checkpoint as plain data on the CPU, from a file or an ``https`` URL. Nothing in it is executed.
 
-    A bare state dict is taken as ``{"model": …}``.
+    A bare state dict is taken as ``{"model": …}``. With ``mmap`` tensors stay in the file until they are used; files of
+    PyTorch before 1.6, which have another form, are read as a whole.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -258,10 +308,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         with torch.serialization.safe_globals(OFFICIAL_PICKLES):
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise  # the machine's fault, not the file's: an older file must not take its place
-    except Exception as err:  # damaged bytes make an unpickler fail in any way
+            mapped = mmap and zipfile.is_zipfile(file)
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as err:  # damaged bytes make an unpickler fail in any way, even seek to before the file
+        if isinstance(err, MemoryError) or (isinstance(err, OSError) and err.errno != errno.EINVAL):
+            raise  # the machine's fault, not the file's: an older file must not take its place
         if isinstance(err, pickle.UnpicklingError) and (culprit := re.search(r"GLOBAL (\S+)|function (\S+)", str(err))):
             raise ValueError(
                 f"{path}: refused, since loading {culprit[1] or culprit[2]} could run code; only tensors and plain "
@@ -310,9 +361,16 @@ def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = N
     Raises ``ValueError`` where none loads: training must not silently begin again.
     """
     candidates = [path for path in Path(output_dir).glob("ckpt_epoch_*.pth") if CHECKPOINT_NAME.fullmatch(path.name)]
-    for path in sorted(candidates, key=_progress_of, reverse=True):
+    return newest_that_loads(output_dir, sorted(candidates, key=progress_of, reverse=True), read_checkpoint, logger)
+
+
+def newest_that_loads(
+    folder: str | Path, candidates: list[Path], load: Callable[[Path], Any], logger: logging.Logger | None
+) -> str | None:
+    """The first of ``candidates``, the newest first, that ``load`` takes; as `auto_resume_helper`."""
+    for path in candidates:
         try:
-            read_checkpoint(path)
+            load(path)
         except (ValueError, FileNotFoundError) as err:
             if logger is not None:
                 logger.warning(f"auto-resume passed over {err}")
@@ -320,13 +378,13 @@ def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = N
         return str(path)
     if candidates:
         raise ValueError(
-            f"{output_dir}: none of its {len(candidates)} checkpoint(s) loads; move them away to start "
+            f"{folder}: none of its {len(candidates)} checkpoint(s) loads; move them away to start "
             "anew, or name one with --resume"
         )
     return None
 
 
-def _progress_of(path: Path) -> tuple[int, int]:
+def progress_of(path: Path) -> tuple[int, int]:
     """(epochs finished, batches of the next one) from a checkpoint's name."""
     epoch, step = CHECKPOINT_NAME.fullmatch(path.name).groups()
     return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)

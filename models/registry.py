@@ -60,14 +60,9 @@ class Entry:
     def num_classes(self) -> int:
         return OFFICIAL_CLASSES.get(self.config.DATA.DATASET, self.config.MODEL.NUM_CLASSES)
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether it has layers of experts. Such models cannot be built yet, so they are not registered."""
-        return any(block >= 0 for stage in self.config.MODEL.SWIN_MOE.MOE_BLOCKS for block in stage)
-
 
 def read_catalogue() -> dict[str, Entry]:
-    """Every official classification model by the name of its file, also those that cannot be built yet."""
+    """Every official classification model by the name of its file."""
     paths = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if not any(map(path.match, LEFT_OUT))]
     return {path.stem: read_entry(path) for path in paths}
 
@@ -178,7 +173,7 @@ def entrypoint(entry: Entry) -> Callable[..., nn.Module]:
 
 
 CATALOGUE = read_catalogue()
-REGISTERED = {PREFIX + name: entry for name, entry in CATALOGUE.items() if not entry.has_experts}
+REGISTERED = {PREFIX + name: entry for name, entry in CATALOGUE.items()}
 default_cfgs = {name: timm_cfg(entry) for name, entry in REGISTERED.items()}  # timm looks for this name
 for _entry in REGISTERED.values():
     register_model(entrypoint(_entry))

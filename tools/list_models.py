@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import nearest
 from models.registry import CATALOGUE, PREFIX, Entry
 
-EXPERTS = "layers of experts are not in this version, so these models are not built"
-
 
 def or_dash(form: str, scale: float = 1.0) -> Callable[[float | None], str]:
     """Writes numbers in units of ``scale``, and a dash for None."""
@@ -69,24 +67,19 @@ def select(pattern: str) -> list[Entry]:
 def describe(entry: Entry) -> dict[str, Any]:
     """A model's facts as plain data; None for those that are not known."""
     config = entry.config
-    facts = {
+    with torch.device("meta"):
+        model = timm.create_model(PREFIX + entry.name)
+    return {
         "name": entry.name,
         "family": entry.family,
         "image_size": list(to_2tuple(config.DATA.IMG_SIZE)),
         "num_classes": entry.num_classes,
-        "parameters": None,
-        "flops": None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "flops": model.flops(),
         "top1": published(entry.expected),
         "expected": entry.expected,
         "weights": entry.weights or None,
-        "note": EXPERTS if entry.has_experts else None,
     }
-    if not entry.has_experts:
-        with torch.device("meta"):
-            model = timm.create_model(PREFIX + entry.name)
-        facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        facts["flops"] = model.flops()
-    return facts
 
 
 def published(expected: str) -> float | None:
@@ -97,7 +90,7 @@ def published(expected: str) -> float | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Aligned columns, texts to the left and numbers to the right; then each note, once."""
+    """Aligned columns, texts to the left and numbers to the right."""
     cells = [list(COLUMNS)]
     for row in rows:
         cells.append([write(row[key]) for key, write in COLUMNS.values()])
@@ -108,7 +101,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         for line in cells
     ]
-    lines += dict.fromkeys(f"No parameters and FLOPs: {row['note']}." for row in rows if row["note"])
     return "\n".join(lines) + "\n"
 
 
