@@ -98,6 +98,13 @@ _C.MODEL.SWIN_MOE = _swin_defaults(
     COSINE_ROUTER_INIT_T=0.5,
     MOE_DROP=0.0,
     AUX_LOSS_WEIGHT=0.01,
+    NUM_EXPERTS=0,  # in all; 0: as MODEL.NAME says (…_32expert_…), else NUM_LOCAL_EXPERTS times the processes
+    EXPERT_PARALLEL=0,  # processes that share the experts; 0: all
+    PATH="capacity",  # or dropless: every choice of every token is kept
+    ROUTER="flat",  # or product, limited: by groups of experts
+    GROUPS=1,
+    TOP_GROUPS=1,
+    BACKEND="native",  # or tutel
 )
 _C.MODEL.SIMMIM = CfgNode({"NORM_TARGET": {"ENABLE": False, "PATCH_SIZE": 47}})
 
@@ -128,7 +135,10 @@ _C.TRAIN.OPTIMIZER.NAME = "adamw"
 _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
-_C.TRAIN.MOE = CfgNode({"SAVE_MASTER": False})
+_C.TRAIN.MOE = CfgNode()
+_C.TRAIN.MOE.SAVE_MASTER = False  # of the official form: one .global file instead of one for each process
+_C.TRAIN.MOE.CHECKPOINT = "native"  # the form of checkpoints: native, for any number of processes, or official
+_C.TRAIN.MOE.STATISTICS = False  # what the routers do, to the log and TensorBoard, after each epoch
 
 _C.AUG = CfgNode()
 _C.AUG.COLOR_JITTER = 0.4
@@ -199,6 +209,10 @@ CHOICES = {
     "DATA.ON_ERROR": ("raise", "skip"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "hamming", "lanczos", "nearest", "random"),
+    "MODEL.SWIN_MOE.PATH": ("capacity", "dropless"),
+    "MODEL.SWIN_MOE.ROUTER": ("flat", "product", "limited"),
+    "MODEL.SWIN_MOE.BACKEND": ("native", "tutel"),
+    "TRAIN.MOE.CHECKPOINT": ("native", "official"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ from logger import ProgressBar
 from lr_scheduler import build_scheduler
 from meters import EpochMeters, write_scalars
 from models.attention import resolve_backend
+from models.expert_parallel import (
+    exclude_from_ddp,
+    expert_modules,
+    global_grad_norm,
+    parameter_counts,
+    sync_expert_gradients,
+)
 from optimizer import build_optimizer
 
 # Newer releases of PyTorch have another name for it. Our buffers never change.
@@ -75,15 +83,20 @@ class Run:
     stop_signal: int = 0
     deadline: float = math.inf  # of TRAIN.TIME_LIMIT, on the monotonic clock
     best_saved: float = -1.0  # accuracy of ckpt_best.pth
-    after_epoch: Callable[["Run"], None] | None = None  # called on every rank before an epoch's state is saved
+    after_epoch: Callable[["Run"], None] | None = None  # called on every rank, before an epoch's state is saved
 
     def __post_init__(self):
         self.replica = self.model
         if distributed.world_size() > 1:
             devices = None if self.session.device.type == "cpu" else [self.session.device.index]
+            exclude_from_ddp(self.model)
             self.replica = DistributedDataParallel(
                 self.model, device_ids=devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False}
             )
+
+        self.combine_gradients = (
+            partial(_combine_expert_gradients, self.model) if any(expert_modules(self.model)) else None
+        )
 
     @property
     def config(self) -> Any:
@@ -97,6 +110,11 @@ class Run:
         if self.stop_signal or not self.config.TRAIN.TIME_LIMIT:
             return Stopped(self.stop_signal or signal.SIGTERM)
         return TimeIsUp(self.config.TRAIN.TIME_LIMIT)
+
+
+def _combine_expert_gradients(model: nn.Module) -> Tensor:
+    sync_expert_gradients(model)
+    return global_grad_norm(model)
 
 
 def prepare(
@@ -133,6 +151,10 @@ def describe(session: Session, model: nn.Module) -> None:
     }
     logger.info(f"attention backend {name}: {', '.join(f'{backend} in {label}' for label, backend in chosen.items())}")
     logger.info(f"number of params: {sum(p.numel() for p in model.parameters() if p.requires_grad)}")
+    if any(expert_modules(model)):
+        single, whole = parameter_counts(model)
+        logger.info(f"number of params single: {single}")
+        logger.info(f"number of params whole: {whole}")
     if hasattr(model, "flops"):
         logger.info(f"number of GFLOPs: {model.flops() / 1e9}")
 
@@ -143,7 +165,7 @@ def find_checkpoint(session: Session) -> str:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then training has gone on from RESUME
     if not config.TRAIN.AUTO_RESUME or (config.MODEL.RESUME and not restarted):
         return config.MODEL.RESUME
-    found = utils.auto_resume_helper(config.OUTPUT, logger) if distributed.is_main() else None
+    found = session.files.auto_resume_helper(config.OUTPUT, logger) if distributed.is_main() else None
     found = distributed.broadcast_object(found)
     if found:
         logger.info(f"auto resuming from {found}")
@@ -168,7 +190,7 @@ def _resume(session: Session, path: str, *parts: Any) -> dict[str, Any]:
     session.config.defrost()
     session.config.MODEL.RESUME = path
     session.config.freeze()
-    return utils.resume(session.config, *parts, session.logger)
+    return session.files.resume(session.config, *parts, session.logger)
 
 
 def restore(run: Run, path: str) -> None:
@@ -220,9 +242,9 @@ def fit(run: Run, compute_loss: ComputeLoss) -> float:
         path = Path(config.OUTPUT) / "config.json"
         path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         logger.info(f"Full config saved to {path}")
-        if config.SAVE_BEST:
-            run.best_saved = utils.best_accuracy(config)
         run.writer = SummaryWriter(config.OUTPUT, purge_step=run.progress.updates + 1)
+    if config.SAVE_BEST:
+        run.best_saved = distributed.broadcast_object(utils.best_accuracy(config) if distributed.is_main() else None)
     logger.info("Start training")
     began = time.time()
     if config.TRAIN.TIME_LIMIT:
@@ -246,28 +268,34 @@ def _finish_epoch(run: Run) -> None:
     if run.loader_val is not None:
         acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
         run.max_accuracy = max(run.max_accuracy, acc1)
-        if config.SAVE_BEST and distributed.is_main() and acc1 > run.best_saved:
+        if config.SAVE_BEST and acc1 > run.best_saved:
             run.best_saved = acc1
-            utils.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
+            if _this_process_saves(run.session):
+                run.session.files.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
         write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
     progress.epoch, progress.samples = epoch + 1, 0
+    if run.after_epoch is not None:
+        run.after_epoch(run)
     stop = distributed.any_rank(run.should_stop(), run.session.device)
     if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
-        if run.after_epoch is not None:
-            run.after_epoch(run)
         save(run)
     if stop and progress.epoch < config.TRAIN.EPOCHS:
         raise run.stopped()
 
 
+def _this_process_saves(session: Session) -> bool:
+    """Whether this process writes, or must be there when others do."""
+    return distributed.is_main() or session.files.EVERY_PROCESS_SAVES
+
+
 def save(run: Run) -> None:
-    """Write all that an exact continuation needs; the main process writes, every rank must call it."""
+    """Write all that an exact continuation needs. Every rank must call it."""
     progress = run.progress
     generators = distributed.gather_objects(distributed.rng_state(run.session.device))
-    if distributed.is_main():
+    if _this_process_saves(run.session):
         done = progress.samples // (run.config.DATA.BATCH_SIZE * distributed.world_size())
-        utils.save_checkpoint(
+        run.session.files.save_checkpoint(
             run.config,
             progress.epoch if done else progress.epoch - 1,
             run.model,
@@ -330,6 +358,7 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
                 clip_grad=config.TRAIN.CLIP_GRAD,
                 parameters=run.model.parameters(),
                 update_grad=updates_now,
+                combine=run.combine_gradients,
             )
         meters.add(loss, norm, values)
         if updates_now:
@@ -385,10 +414,12 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
     bar = ProgressBar("evaluation", len(loader), distributed.is_main())
     began = last = time.perf_counter()
     printed = sums.clone()
-    for step, batch in enumerate(loader):
+    for step, batch in enumerate(_together(loader, model, device)):
         images, targets = _to_device(batch, device)
         with session.autocast():
             logits = model(images)
+        if isinstance(logits, tuple):  # Swin-MoE also gives its auxiliary loss
+            logits, _ = logits
         sums += _scores(logits.float(), targets).to(precision)
         bar.update(step + 1)
         if step % config.PRINT_FREQ == 0:
@@ -409,6 +440,23 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
     logger.info(f" * Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
     logger.info(f"Accuracy of the network on the {int(sums[3])} test images: {acc1:.1f}%")
     return acc1, acc5, loss
+
+
+def _together(loader: Any, model: nn.Module, device: torch.device) -> Iterator[Any]:
+    """The batches of ``loader``; where processes share experts, then empty ones until all processes are through.
+
+    Every pass through the model is an exchange between them.
+    """
+    if not any(module.expert_groups.size > 1 for _, module in expert_modules(model)):
+        yield from loader
+        return
+    batches, size = iter(loader), (model.patch_embed.in_chans, *model.patch_embed.img_size)
+    nothing = (torch.empty(0, *size), torch.empty(0, dtype=torch.long))
+    while True:
+        batch = next(batches, None)
+        if not distributed.any_rank(batch is not None, device):
+            return
+        yield nothing if batch is None else batch
 
 
 def _scores(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 import distributed
+import utils
 from config import CHOICES, get_config, nearest, to_dict
 from logger import CLEAR_LINE, create_logger
 
@@ -41,12 +43,18 @@ class TimeIsUp(Stopped):
 
 @dataclass
 class Session:
-    """What every part of a run needs: the settled configuration, where to compute and in which precision, the log."""
+    """What every part of a run needs: the settled configuration, where to compute and in which precision, the log.
+
+    Args:
+        amp_dtype: float32 means no autocast.
+        files: the functions that read and write checkpoints: `utils`, `utils_simmim` or `utils_moe`.
+    """
 
     config: Any
     device: torch.device
-    amp_dtype: torch.dtype  # float32 means no autocast
+    amp_dtype: torch.dtype
     logger: logging.Logger
+    files: ModuleType = utils
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
@@ -128,11 +136,12 @@ def _exit(code: int) -> None:
 
 
 @contextmanager
-def session(config: Any, amp: bool | None = None) -> Iterator[Session]:
+def session(config: Any, amp: bool | None = None, files: ModuleType = utils) -> Iterator[Session]:
     """Device, process group, seeds, scaled learning rates, output folder and log for ``config``, itself unchanged.
 
     Args:
         amp: whether to use mixed precision where the device has it; ``AMP_ENABLE`` if None.
+        files: as of `Session`.
     """
     device = distributed.pick_device()
     distributed.start(device)
@@ -148,7 +157,7 @@ def session(config: Any, amp: bool | None = None) -> Iterator[Session]:
         )
         _say_once(config, logger)
         logger.info(json.dumps(to_dict(config)))
-        yield Session(config, device, amp_dtype, logger)
+        yield Session(config, device, amp_dtype, logger, files)
     except Exception as err:
         level = logging.INFO if isinstance(err, Stopped) else logging.ERROR
         handlers = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]

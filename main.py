@@ -16,7 +16,7 @@ def main(config: Any) -> float:
     with launch.session(config) as session:
         if config.MODEL.TYPE == "swin_moe" and not config.THROUGHPUT_MODE:
             raise ValueError(
-                "MODEL.TYPE='swin_moe' has an auxiliary loss, which main.py does not know; it only times it"
+                "MODEL.TYPE='swin_moe' has an auxiliary loss, which main.py does not know; use main_moe.py"
             )
         return supervised.run(session)
 

@@ -111,8 +111,9 @@ class EpochMeters:
         scale = run.scaler.get_scale()
         self._count("loss_scale", scale)
         memory = distributed.peak_memory_mb(run.session.device)
-        meters = [self._meter(name) for name in ("loss", "grad_norm", "loss_scale")]
-        meters += [self._meter(name) for name in self.totals if name not in ("loss", "grad_norm", "loss_scale")]
+        parts = [name for name in self.totals if name.startswith("loss-")]
+        names = ["loss", *parts, "grad_norm", "loss_scale"]
+        meters = [self._meter(name) for name in [*names, *(name for name in self.totals if name not in names)]]
         run.session.logger.info(
             f"Train: [{progress.epoch}/{run.config.TRAIN.EPOCHS}][{step}/{steps}]\t"
             f"eta {timedelta(seconds=int(seconds_mean * (steps - step)))} lr {group['lr']:.6f}\t "

@@ -51,7 +51,7 @@ def write_png(grid: Tensor, path: Path) -> None:
 
 
 class Watch:
-    """The same images and masks after every epoch that is saved: losses to the log, pictures to PNG and TensorBoard.
+    """The same images and masks every ``SAVE_FREQ`` epochs: losses to the log, pictures to PNG and TensorBoard.
 
     Args:
         images, masks: as for `reconstruct`.
@@ -63,9 +63,9 @@ class Watch:
 
     def __call__(self, run: Any) -> None:
         """After an epoch of ``run``, on the main process; the others have nothing to do."""
-        if not distributed.is_main():
+        config, epoch = run.config, run.progress.epoch - 1
+        if not distributed.is_main() or (epoch % config.SAVE_FREQ and epoch + 1 < config.TRAIN.EPOCHS):
             return
-        epoch = run.progress.epoch - 1
         losses, grid = self.look(run.model, f"epoch_{epoch}")
         each = {f"reconstruction/image_{i}": loss for i, loss in enumerate(losses.tolist())}
         write_scalars(run, {"val/loss": self.loss, **each})

@@ -1,4 +1,4 @@
-"""Training, evaluating and timing a classifier: what main.py and main_simmim_ft.py have in common."""
+"""Training, evaluating and timing a classifier: what main.py, main_moe.py and main_simmim_ft.py have in common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import engine
-import utils
 from config import OFFICIAL_CLASSES
 from data import build_loader
 from launch import Session
@@ -26,10 +25,15 @@ class SupervisedLoss:
         self.label_smoothing = label_smoothing
 
     def __call__(self, model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        images, targets = batch
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        logits = model(images).float()
+        images, targets = self.mixed(*batch)
+        return self.score(model(images), targets)
+
+    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, targets) if self.mixup is None else self.mixup(images, targets)
+
+    def score(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of logits (B, classes), and the accuracy against hard targets."""
+        logits = logits.float()
         if targets.is_floating_point():
             return F.cross_entropy(logits, targets), {}
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
@@ -42,7 +46,10 @@ class Task:
 
     build_loader: Callable[[Any], tuple] = build_loader
     build_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer
-    load_pretrained: Callable[..., None] = utils.load_pretrained
+    loss: type[SupervisedLoss] = SupervisedLoss
+    after_epoch: Callable[[nn.Module], Callable[[engine.Run], None]] | None = (
+        None  # made for a model, called with a run
+    )
 
 
 def run(session: Session, task: Task | None = None) -> float:
@@ -63,15 +70,17 @@ def train(session: Session, task: Task) -> float:
     dataset_train, _, loader_train, loader_val, mixup = task.build_loader(config)
     model = build_model(config)
     engine.describe(session, model)
-    run = engine.prepare(session, model, loader_train, loader_val, dataset_train.classes, task.build_optimizer)
+    after_epoch = task.after_epoch and task.after_epoch(model)
+    parts = (loader_train, loader_val, dataset_train.classes, task.build_optimizer, after_epoch)
+    run = engine.prepare(session, model, *parts)
     checkpoint = engine.find_checkpoint(session)
     if checkpoint:
         engine.restore(run, checkpoint)
     elif config.MODEL.PRETRAINED:
-        task.load_pretrained(config, model, session.logger)
+        session.files.load_pretrained(config, model, session.logger, run.optimizer)
     if checkpoint or config.MODEL.PRETRAINED:
         engine.validate(session, model, loader_val)
-    return engine.fit(run, SupervisedLoss(mixup, config.MODEL.LABEL_SMOOTHING))
+    return engine.fit(run, task.loss(mixup, config.MODEL.LABEL_SMOOTHING))
 
 
 def evaluate(session: Session, task: Task) -> float:
@@ -80,7 +89,7 @@ def evaluate(session: Session, task: Task) -> float:
     model = build_model(config)
     engine.describe(session, model)
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:
-        task.load_pretrained(config, model, session.logger)
+        session.files.load_pretrained(config, model, session.logger)
     else:
         engine.load_weights(session, model, dataset_val.classes)
     return engine.validate(session, model.to(session.device), loader_val)[0]

@@ -34,6 +34,7 @@ OFFICIAL_PICKLES = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
 ]
+EVERY_PROCESS_SAVES = False  # of the functions below, the main process alone calls those that write
 CHECKPOINT_NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 
@@ -105,11 +106,13 @@ def load_pretrained(
     config: Any,
     model: nn.Module,
     logger: logging.Logger,
+    optimizer: Optimizer | None = None,
     resize_table: Callable[[Tensor, Size, Size], Tensor] | None = None,
 ) -> None:
     """Start from the weights of ``MODEL.PRETRAINED``, resized to this model (official ``utils.load_pretrained``).
 
     Args:
+        optimizer: of the run, if there is one. `utils_moe.load_pretrained` needs it.
         resize_table: how position tables are resized; see `checkpoint.pretrained_state`.
 
     Raises ``ValueError`` where weights other than position tables, the first convolution's channels and the head do not
@@ -423,8 +426,13 @@ class NativeScalerWithGradNormCount:
         parameters: Iterable[Tensor] | None = None,
         create_graph: bool = False,
         update_grad: bool = True,
+        combine: Callable[[], Tensor] | None = None,
     ) -> Tensor | None:
         """Add the gradients of ``loss``; with ``update_grad``, also step.
+
+        Args:
+            combine: called before a step where gradients have yet to be brought together from several processes; it
+                gives their norm, the same on all.
 
         Returns:
             The gradient norm before clipping, on the device, or None without ``update_grad``. It is not finite where
@@ -436,8 +444,14 @@ class NativeScalerWithGradNormCount:
         if parameters is None:
             parameters = (p for group in optimizer.param_groups for p in group["params"])
         parameters = list(parameters)
+        norm = combine() if combine is not None else None
+        if norm is not None and self._scaler.is_enabled():
+            scale = self._scaler.scale(torch.ones_like(norm))
+            _spread_non_finite(parameters, norm)
+            norm = norm / scale
         self._scaler.unscale_(optimizer)
-        norm = get_grad_norm(parameters)
+        if norm is None:
+            norm = get_grad_norm(parameters)
         if clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
         if self._scaler.is_enabled():
@@ -458,6 +472,15 @@ class NativeScalerWithGradNormCount:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # SimMIM's official files may hold an empty one
             self._scaler.load_state_dict(state_dict)
+
+
+def _spread_non_finite(parameters: list[Tensor], norm: Tensor) -> None:
+    """Where ``norm`` is not finite, make a gradient of this process so: a `GradScaler` looks at nothing else.
+
+    The gradients that are not finite may be those of another process, and all must skip the step.
+    """
+    gradient = next(p.grad for p in parameters if p.grad is not None)
+    gradient.add_(torch.where(torch.isfinite(norm), 0.0, torch.nan).to(gradient.dtype))
 
 
 def _step_if_finite(optimizer: Optimizer, norm: Tensor) -> None:
