@@ -174,6 +174,7 @@ _C.DETERMINISTIC = False
 _C.EVAL_MODE = False
 _C.THROUGHPUT_MODE = False
 _C.LOCAL_RANK = 0
+_C.DIST_TIMEOUT = 30.0  # minutes that a process waits for the others before it ends in error
 _C.FUSED_WINDOW_PROCESS = False
 _C.FUSED_LAYERNORM = False
 
@@ -248,6 +249,7 @@ RANGES = {
     "TRAIN.MAX_NONFINITE_STEPS": (1, None),
     "TRAIN.TIME_LIMIT": (0, None),
     "DATA.SHUFFLE_BUFFER": (0, None),
+    "DIST_TIMEOUT": (0.01, None),
     "AUG.HFLIP": (0, 1),
     "AUG.REPROB": (0, 1),
     "SAVE_FREQ": (1, None),

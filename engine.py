@@ -165,7 +165,7 @@ def find_checkpoint(session: Session) -> str:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then training has gone on from RESUME
     if not config.TRAIN.AUTO_RESUME or (config.MODEL.RESUME and not restarted):
         return config.MODEL.RESUME
-    found = session.files.auto_resume_helper(config.OUTPUT, logger) if distributed.is_main() else None
+    found = session.files.auto_resume_helper(config.OUTPUT, logger=logger) if distributed.is_main() else None
     found = distributed.broadcast_object(found)
     if found:
         logger.info(f"auto resuming from {found}")

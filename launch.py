@@ -144,7 +144,7 @@ def session(config: Any, amp: bool | None = None, files: ModuleType = utils) -> 
         files: as of `Session`.
     """
     device = distributed.pick_device()
-    distributed.start(device)
+    distributed.start(device, config.DIST_TIMEOUT)
     config = settle(config)
     distributed.seed_everything(config.SEED, config.DETERMINISTIC)
     os.makedirs(config.OUTPUT, exist_ok=True)
