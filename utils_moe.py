@@ -62,7 +62,6 @@ __all__ = [
 
 SUFFIXED = re.compile(r"(.+\.pth)\.(?:rank(\d+)|master|global|[0-9a-f]{8}\.experts\d+of\d+)")
 EVERY_PROCESS_SAVES = True  # its experts
-LAYOUTS = ("native", "official")  # of TRAIN.MOE.CHECKPOINT
 T = TypeVar("T")
 
 
@@ -372,7 +371,7 @@ def save_checkpoint(
         content = {key: content[key] for key in ("model", "frozen_experts") if key in content}
     writer = _Writer(path, place_of(model), content, group_names(model, optimizer))
     logger.info(f"{path} saving......")
-    if config.TRAIN.MOE.get("CHECKPOINT", LAYOUTS[0]) == "native":
+    if config.TRAIN.MOE.CHECKPOINT == "native":
         kept = writer.native()
     elif config.TRAIN.MOE.SAVE_MASTER:
         kept = writer.whole()
