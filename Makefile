@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test test-all lint format gpu clean
+.PHONY: help demo test test-all lint format kernels gpu clean
 
 help:
 	@echo "make demo      train, interrupt, resume and evaluate a small Swin on handwritten digits (minutes, CPU)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  also the slow ones"
 	@echo "make lint      style and format checks"
 	@echo "make format    mend what the checks can mend"
+	@echo "make kernels   compile and install what --fused_window_process uses"
 	@echo "make gpu       the GPU tests and benchmarks, with this machine's own python (PYTHON=...)"
 	@echo "make clean     remove .venv and the digits; output/ stays"
 
@@ -37,6 +38,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernels: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation ./kernels/window_process
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -282,6 +282,8 @@ def get_config(args: Any) -> CfgNode:
             set_key(config, key, value, f"--{flag.replace('_', '-')}")
     if getattr(args, "disable_amp", False) or config.AMP_OPT_LEVEL == "O0":
         config.AMP_ENABLE = False
+    if config.FUSED_WINDOW_PROCESS and config.MODEL.ATTENTION_BACKEND == "auto":
+        config.MODEL.ATTENTION_BACKEND = "window_process"
     config.LOCAL_RANK = int(os.environ.get("LOCAL_RANK", config.LOCAL_RANK))
     config.OUTPUT = os.path.join(config.OUTPUT or "output", config.MODEL.NAME, config.TAG)
     _check(config)

@@ -18,6 +18,7 @@ import torch
 import distributed
 import utils
 from config import CHOICES, get_config, nearest, to_dict
+from kernels import window_process
 from logger import CLEAR_LINE, create_logger
 
 # What users can cause and mend. It ends a run in one line; the traceback goes to the log file.
@@ -99,7 +100,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--throughput", action="store_const", const=True, help="time the model alone and stop")
     add("--local_rank", "--local-rank", type=int, help="set by old launchers; LOCAL_RANK wins")
     for name, text in (
-        ("window_process", "use the extension in kernels/ where it is built"),
+        ("window_process", "cut and merge windows by the extension in kernels/window_process, if it is installed"),
         ("layernorm", "accepted: PyTorch's layer norm is fused already"),
     ):
         add(f"--fused_{name}", f"--fused-{name.replace('_', '-')}", action="store_const", const=True, help=text)
@@ -155,7 +156,7 @@ def session(config: Any, amp: bool | None = None, files: ModuleType = utils) -> 
             f"{distributed.world_size()} process(es), {device}, {str(amp_dtype).removeprefix('torch.')}, "
             f"torch {torch.__version__}"
         )
-        _say_once(config, logger)
+        _say_once(config, device, logger)
         logger.info(json.dumps(to_dict(config)))
         yield Session(config, device, amp_dtype, logger, files)
     except Exception as err:
@@ -202,11 +203,21 @@ def _has_bf16(device: torch.device) -> bool:
         return False
 
 
-def _say_once(config: Any, logger: logging.Logger) -> None:
+def _say_once(config: Any, device: torch.device, logger: logging.Logger) -> None:
     """What official flags mean here, where they do not mean what they did."""
     if config.FUSED_LAYERNORM:
         logger.info("--fused_layernorm: PyTorch's layer norm is already fused; nothing to change")
     if config.FUSED_WINDOW_PROCESS:
-        logger.warning("--fused_window_process: the extension is not built; PyTorch's operations take its place")
+        _say_window_process(config, device, logger)
     if config.AMP_OPT_LEVEL:
         logger.warning("--amp-opt-level is of the times of apex; use --amp-dtype or --disable_amp")
+
+
+def _say_window_process(config: Any, device: torch.device, logger: logging.Logger) -> None:
+    flag, backend = "--fused_window_process", config.MODEL.ATTENTION_BACKEND
+    if config.MODEL.TYPE == "swin_mlp":
+        logger.warning(f"{flag}: Swin-MLP has no attention to choose a backend for; nothing to change")
+    elif backend != "window_process":
+        logger.warning(f"{flag}: MODEL.ATTENTION_BACKEND={backend} wins; leave it at auto")
+    elif not window_process.is_built_for(device):
+        logger.warning(f"{flag}: {window_process.why_not_built(device)}; PyTorch's operations take its place")

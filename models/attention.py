@@ -2,7 +2,7 @@
 
 Linear layers act on each token alone, so they never see windows. Only `window_attention` does: it takes packed
 q, k, v in image order and gives the mixed values back in image order, so that a backend is free to roll and cut copies
-(``reference``, ``sdpa``) or to address the map in place.
+(``reference``, ``sdpa``; ``window_process`` in one go) or to address the map in place (``fused``).
 """
 
 from collections.abc import Callable
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import window_attention as fused
+from kernels import window_process
 
 from .layers import Linear, Pair, check_window, padded_resolution, relative_position_index
 
@@ -61,24 +64,69 @@ def attend_sdpa(
     return x.view(shape)
 
 
-ATTEND: dict[str, Callable[..., Tensor]] = {"reference": attend_reference, "sdpa": attend_sdpa}
+def attend_either(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """`attend_sdpa` where it is fast and correct, else `attend_reference`."""
+    name = faster_on_windows(q.device, q.dtype, torch.is_grad_enabled(), grid_size(q, mask))
+    return ATTEND[name](q, k, v, bias, mask, scale, dropout_p)
+
+
+ATTEND: dict[str, Callable[..., Tensor]] = {
+    "reference": attend_reference,
+    "sdpa": attend_sdpa,
+    "window_process": attend_either,  # on windows that the extension in kernels/window_process cuts and merges
+}
+
+
+BACKENDS = ("auto", *ATTEND, "fused")  # the kernels in kernels/window_attention, which cut no windows
 
 
 def check_backend(name: str) -> str:
-    if name not in ("auto", *ATTEND):
-        raise ValueError(f"MODEL.ATTENTION_BACKEND={name!r}; choose from {['auto', *ATTEND]}")
+    if name not in BACKENDS:
+        raise ValueError(f"MODEL.ATTENTION_BACKEND={name!r}; choose from {list(BACKENDS)}")
     return name
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, needs_grad: bool, grid: int = 1) -> str:
     """What ``auto`` stands for on this device, for this dtype and size of SDPA's batch or heads (`grid_size`)."""
-    if name != "auto":
-        return name
+    return faster_on_windows(device, dtype, needs_grad, grid) if name == "auto" else name
+
+
+def faster_on_windows(device: torch.device, dtype: torch.dtype, needs_grad: bool, grid: int) -> str:
+    """``sdpa`` where it is fast and correct on windows that are cut, else ``reference``."""
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and needs_grad:
         return "reference"  # SDPA's half-precision backward on CPU takes twice the time of plain products
     if device.type == "cuda" and grid >= 65536:
         return "reference"  # the CUDA kernels' grids end there
     return "sdpa"
+
+
+def takes_fused(
+    name: str,
+    qkv: Tensor,
+    mask: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    dropout_p: float,
+) -> bool:
+    """Whether the fused kernels attend. ``ValueError`` where they are asked to by name but cannot."""
+    if name != "fused" and not (name == "auto" and fused.KNOWN_FASTER):
+        return False
+    resolution = tuple(qkv.shape[1:3])
+    padded = padded_resolution(resolution, window) != resolution
+    if dropout_p:
+        problem = f"it has no dropout of attention (attn_drop={dropout_p})"
+    elif mask is None and padded:
+        problem = "maps that are padded need their window_mask"
+    elif mask is not None and not padded and not any(shift):
+        problem = "it makes its masks itself and takes no other"
+    else:
+        problem = fused.unsupported(qkv.device, qkv.dtype, qkv.shape[3] // 3, num_heads, window, shift)
+    if problem and name == "fused":
+        raise ValueError(f"MODEL.ATTENTION_BACKEND='fused': {problem}; choose auto")
+    return not problem
 
 
 def grid_size(q: Tensor, mask: Tensor | None) -> int:
@@ -114,28 +162,33 @@ def window_attention(
         (B, H, W, C), in image order.
     """
     resolution, window = tuple(qkv.shape[1:3]), to_2tuple(window_size)
-    q, k, v = windowed_qkv(qkv, num_heads, window, shift_size, logit_scale)
+    shift = to_2tuple(shift_size)
+    if takes_fused(backend, qkv, mask, num_heads, window, shift, dropout_p):
+        return fused.attend(qkv, bias, logit_scale, num_heads, window, shift, mask is not None, scale)
+    partition, merge = window_process.partition_reference, window_process.merge_reference
+    if backend == "window_process" and window_process.is_built_for(qkv.device):
+        partition, merge = window_process.partition, window_process.merge
+    q, k, v = windowed_qkv(qkv, num_heads, window, shift_size, logit_scale, partition)
     backend = resolve_backend(backend, qkv.device, qkv.dtype, torch.is_grad_enabled(), grid_size(q, mask))
     x = ATTEND[backend](q, k, v, bias, mask, scale, dropout_p)
     H, W = padded_resolution(resolution, window)
-    x = _join_heads(x, H, W, *window)
-    down, right = to_2tuple(shift_size)
-    if down or right:
-        x = torch.roll(x, (down, right), (1, 2))
+    x = merge(x.unsqueeze(0), (H, W), window, shift_size)
     return x if resolution == (H, W) else x[:, : resolution[0], : resolution[1]]
 
 
 def windowed_qkv(
-    qkv: Tensor, num_heads: int, window_size: tuple[int, int], shift_size: Pair, logit_scale: Tensor | None = None
+    qkv: Tensor,
+    num_heads: int,
+    window_size: tuple[int, int],
+    shift_size: Pair,
+    logit_scale: Tensor | None = None,
+    partition: Callable[..., Tensor] = window_process.partition_reference,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The q, k and v of each window, (B, nW, nH, N, d): pad and roll a map (B, H, W, 3C), cut it, prepare q and k."""
+    """The q, k and v of each window, (B, nW, nH, N, d): pad a map (B, H, W, 3C), shift and cut it, prepare q and k."""
     H, W = padded_resolution(qkv.shape[1:3], window_size)
     if tuple(qkv.shape[1:3]) != (H, W):
         qkv = pad_map(qkv, (H, W))
-    down, right = to_2tuple(shift_size)
-    if down or right:
-        qkv = torch.roll(qkv, (-down, -right), (1, 2))
-    q, k, v = _cut_heads(qkv, num_heads, *window_size)
+    q, k, v = partition(qkv, window_size, shift_size, parts=3, heads=num_heads).unbind(0)
     return (*prepare(q, k, logit_scale), v)
 
 
@@ -150,21 +203,6 @@ def prepare(q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, T
 def pad_map(x: Tensor, resolution: tuple[int, int]) -> Tensor:
     """Zeros at the bottom and right of a map (B, H, W, C), up to ``resolution``. A mask must hide them."""
     return F.pad(x, (0, 0, 0, resolution[1] - x.shape[2], 0, resolution[0] - x.shape[1]))
-
-
-def _cut_heads(qkv: Tensor, num_heads: int, h: int, w: int) -> tuple[Tensor, ...]:
-    """(B, H, W, 3C) to q, k, v of (B, nW, nH, N, d) in a single copy."""
-    B, H, W, C3 = qkv.shape
-    x = qkv.view(B, H // h, h, W // w, w, 3, num_heads, C3 // (3 * num_heads))
-    x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)  # 3, B, rows of windows, columns of windows, nH, h, w, d
-    return x.reshape(3, B, (H // h) * (W // w), num_heads, h * w, -1).unbind(0)
-
-
-def _join_heads(x: Tensor, H: int, W: int, h: int, w: int) -> Tensor:
-    """(B, nW, nH, N, d) to (B, H, W, C) in a single copy."""
-    B, _, num_heads, _, d = x.shape
-    x = x.view(B, H // h, W // w, num_heads, h, w, d)
-    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, num_heads * d)
 
 
 class AttentionBase(nn.Module):
@@ -257,6 +295,8 @@ class AttentionBase(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def _forward_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if self.backend == "fused":
+            raise ValueError("MODEL.ATTENTION_BACKEND='fused': it takes maps, not windows that are cut; choose auto")
         windows, N, C = x.shape
         kinds = 1 if mask is None else mask.shape[0]
         qkv = self.packed_qkv(x).view(windows // kinds, kinds, N, 3, self.num_heads, C // self.num_heads)
@@ -283,7 +323,7 @@ class AttentionBase(nn.Module):
 
 
 def set_attention_backend(model: nn.Module, name: str) -> None:
-    """Choose the backend of every window attention in ``model``: auto, reference or sdpa."""
+    """Choose the backend of every window attention in ``model``: one of `BACKENDS`."""
     check_backend(name)
     for module in model.modules():
         if isinstance(module, AttentionBase):

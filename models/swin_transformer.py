@@ -70,7 +70,7 @@ class SwinTransformerBlock(AttentionBlock):
 
     Args:
         input_resolution: (H, W) of the map.
-        fused_window_process: accepted for compatibility; backends are chosen in `models.attention`.
+        fused_window_process: attend by the backend ``window_process``; `set_attention_backend` chooses anew.
         pad_maps: take maps of any size, padded to whole windows.
     """
 
@@ -100,6 +100,8 @@ class SwinTransformerBlock(AttentionBlock):
             make_mlp=lambda hidden: Mlp(dim, hidden, act_layer=act_layer, drop=drop),
         )
         self.fused_window_process = fused_window_process
+        if fused_window_process:
+            self.attn.backend = "window_process"
 
 
 class BasicLayer(Stage):

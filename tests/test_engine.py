@@ -327,7 +327,8 @@ def test_attention_backend_by_device_and_precision():
     assert resolve_backend("reference", cuda, torch.bfloat16, True) == "reference"
 
 
-def test_flags_without_an_effect_say_so_once(image_folder, tmp_path):
+def test_flags_without_an_effect_say_so_once(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("kernels.window_process.window_process.DEVICES", ())
     with start(image_folder, tmp_path, "FUSED_LAYERNORM", True, "FUSED_WINDOW_PROCESS", True) as session:
         run, mixup = prepared(session)
         engine.describe(session, run.model)
@@ -335,7 +336,7 @@ def test_flags_without_an_effect_say_so_once(image_folder, tmp_path):
     log = log_of(session)
     assert log.count("--fused_layernorm: PyTorch's layer norm is already fused") == 1
     assert log.count("--fused_window_process: the extension is not built") == 1
-    assert log.count("attention backend auto: sdpa in training, sdpa in evaluation") == 1
+    assert log.count("attention backend window_process: window_process in training") == 1
 
 
 def test_deterministic_training_runs(image_folder, tmp_path):
