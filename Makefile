@@ -4,17 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test test-all lint format kernels gpu clean
+.PHONY: help demo demo-simmim test test-all lint format kernels gpu clean
 
 help:
-	@echo "make demo      train, interrupt, resume and evaluate a small Swin on handwritten digits (minutes, CPU)"
-	@echo "make test      the tests that every change must pass"
-	@echo "make test-all  also the slow ones"
-	@echo "make lint      style and format checks"
-	@echo "make format    mend what the checks can mend"
-	@echo "make kernels   compile and install what --fused_window_process uses"
-	@echo "make gpu       the GPU tests and benchmarks, with this machine's own python (PYTHON=...)"
-	@echo "make clean     remove .venv and the digits; output/ stays"
+	@echo "make demo         train, interrupt, resume and evaluate a small Swin on handwritten digits (minutes, CPU)"
+	@echo "make demo-simmim  pre-train one without labels, then fine-tune it on ten labels of each digit (minutes, CPU)"
+	@echo "make test         the tests that every change must pass"
+	@echo "make test-all     also the slow ones"
+	@echo "make lint         style and format checks"
+	@echo "make format       mend what the checks can mend"
+	@echo "make kernels      compile and install what --fused_window_process uses"
+	@echo "make gpu          the GPU tests and benchmarks, with this machine's own python (PYTHON=...)"
+	@echo "make clean        remove .venv and the digits; output/ stays"
 
 $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,6 +25,9 @@ $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
+
+demo-simmim: $(INSTALLED)
+	$(BIN)/python tools/demo_simmim.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -46,4 +50,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) datasets/digits
+	rm -rf $(VENV) datasets/digits datasets/digits-10

@@ -148,6 +148,18 @@ def build_loader_simmim(config: Any) -> DeviceLoader:
     return train_loader(samples, config, (pick_decoder(config, pipeline, is_train=True), transform), collate_fn)
 
 
+def steady_transform(config: Any) -> Callable[[Image.Image], Tensor]:
+    """PIL image, RGB, to its middle (3, height, width) of ``IMG_SIZE``, float32, normalised, without random draws."""
+    size = to_2tuple(config.DATA.IMG_SIZE)
+    return transforms.Compose(
+        [
+            Cover(size, InterpolationMode.BILINEAR),
+            transforms.CenterCrop(size),
+            Normalised(),
+        ]
+    )
+
+
 def reconstruction_samples(config: Any, count: int) -> tuple[Tensor, Tensor]:
     """Always the same images and masks, for watching what becomes of them; on every rank, and drawn from no generator.
 
@@ -162,15 +174,7 @@ def reconstruction_samples(config: Any, count: int) -> tuple[Tensor, Tensor]:
     Raises:
         FileNotFoundError, ValueError: as `build_loader_simmim`, and where no image is usable.
     """
-    masks = build_mask_generator(config)
-    size = to_2tuple(config.DATA.IMG_SIZE)
-    transform = transforms.Compose(
-        [
-            Cover(size, InterpolationMode.BILINEAR),
-            transforms.CenterCrop(size),
-            Normalised(),
-        ]
-    )
+    masks, transform = build_mask_generator(config), steady_transform(config)
     samples = open_split(_without_cache(config), "val" if has_split(config, "val") else "train", labelled=False)
 
     def load(number: int) -> Tensor:
