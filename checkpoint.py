@@ -1,7 +1,9 @@
 """Checkpoints as pure functions: state dict in, state dict out. Reading and writing are in `utils`."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,6 +164,22 @@ def _windows(index: Tensor) -> str:
     return "windows of {}x{}".format(*window_of(index))
 
 
+def is_pretraining(state: State) -> bool:
+    """Whether it is SimMIM's pre-training model: an encoder, and a decoder."""
+    return any(name.startswith("encoder.") for name in state)
+
+
+def architecture(state: State) -> dict[str, Any] | None:
+    """A Swin's ``DEPTHS`` and ``EMBED_DIM``; None where the names are not those of one."""
+    places = [match for name in state if (match := re.match(r"(?:encoder\.)?layers\.(\d+)\.blocks\.(\d+)\.", name))]
+    patches = next((value for name, value in state.items() if name.endswith("patch_embed.proj.weight")), None)
+    if not places or patches is None:
+        return None
+    blocks = {(int(match[1]), int(match[2])) for match in places}
+    depths = [sum(stage == s for stage, _ in blocks) for s in sorted({stage for stage, _ in blocks})]
+    return {"DEPTHS": depths, "EMBED_DIM": patches.shape[0]}
+
+
 def released_names(state: State, expected: State) -> tuple[dict[str, Tensor], list[str]]:
     """The names of released files as the expected model has them, and a note for each thing that was left out.
 
@@ -169,8 +187,7 @@ def released_names(state: State, expected: State) -> tuple[dict[str, Tensor], li
     files say ``rpe_mlp`` for ``cpb_mlp``.
     """
     notes, kept = [], dict(state)
-    whole = any(name.startswith("encoder.") for name in expected)  # SimMIM's own model
-    if not whole and any(name.startswith("encoder.") for name in state):
+    if is_pretraining(state) and not is_pretraining(expected):
         kept = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
         left_out = [name for name in state if not name.startswith("encoder.")]
         if "mask_token" in kept:
@@ -194,9 +211,19 @@ def adapt_channels(weight: Tensor, in_chans: int) -> Tensor:
     return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
+def classes_of(state: State) -> int:
+    """Of its head; 0 where it has none."""
+    return state["head.bias"].shape[0] if "head.bias" in state else 0
+
+
+def keeps_head(state: State, expected: State) -> bool:
+    """Whether `pretrained_state` gives the model what the file's head has learnt."""
+    return classes_of(state) == classes_of(expected) or (classes_of(state), classes_of(expected)) == (21841, 1000)
+
+
 def _fit_head(state: dict[str, Tensor], expected: State, rows_22k_to_1k: Sequence[int] | None) -> list[str]:
     """Give ``state`` a head of the expected class count, in place. Returns notes."""
-    wanted, found = (s["head.bias"].shape[0] if "head.bias" in s else 0 for s in (expected, state))
+    wanted, found = classes_of(expected), classes_of(state)
     if found == wanted:
         return []
     if wanted == 0:

@@ -159,8 +159,8 @@ _C.TEST.CROP = True
 _C.TEST.SEQUENTIAL = False
 _C.TEST.SHUFFLE = False
 
-_C.ENABLE_AMP = False  # the SimMIM scripts' switch
-_C.AMP_ENABLE = True  # the other scripts' switch
+_C.ENABLE_AMP = False  # True (--enable-amp) turns AMP_ENABLE on
+_C.AMP_ENABLE = True
 _C.AMP_OPT_LEVEL = ""  # of the times of apex; only O0 (no AMP) still has a meaning
 _C.AMP_DTYPE = "auto"  # auto, bf16, fp16 or fp32
 _C.OUTPUT = ""
@@ -280,6 +280,8 @@ def get_config(args: Any) -> CfgNode:
         value = getattr(args, flag, None)
         if value is not None and value is not False and value != "":
             set_key(config, key, value, f"--{flag.replace('_', '-')}")
+    if config.ENABLE_AMP:
+        config.AMP_ENABLE = True
     if getattr(args, "disable_amp", False) or config.AMP_OPT_LEVEL == "O0":
         config.AMP_ENABLE = False
     if config.FUSED_WINDOW_PROCESS and config.MODEL.ATTENTION_BACKEND == "auto":

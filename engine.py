@@ -83,7 +83,7 @@ class Run:
     stop_signal: int = 0
     deadline: float = math.inf  # of TRAIN.TIME_LIMIT, on the monotonic clock
     best_saved: float = -1.0  # accuracy of ckpt_best.pth
-    after_epoch: Callable[["Run"], None] | None = None  # called on every rank, before an epoch's state is saved
+    after_epoch: Callable[["Run"], None] | None = None  # called on every rank after each epoch
 
     def __post_init__(self):
         self.replica = self.model
@@ -275,11 +275,11 @@ def _finish_epoch(run: Run) -> None:
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
         write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
     progress.epoch, progress.samples = epoch + 1, 0
-    if run.after_epoch is not None:
-        run.after_epoch(run)
     stop = distributed.any_rank(run.should_stop(), run.session.device)
     if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
         save(run)
+    if run.after_epoch is not None:
+        run.after_epoch(run)
     if stop and progress.epoch < config.TRAIN.EPOCHS:
         raise run.stopped()
 

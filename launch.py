@@ -91,7 +91,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--accumulation-steps", type=int, help="batches per update")
     add("--use-checkpoint", action="store_const", const=True, help="gradient checkpointing: less memory, more time")
     add("--disable_amp", "--disable-amp", action="store_const", const=True, help="compute in float32")
-    add("--enable-amp", "--enable_amp", action="store_const", const=True, help="mixed precision in the SimMIM scripts")
+    add(
+        "--enable-amp",
+        "--enable_amp",
+        action="store_const",
+        const=True,
+        help="mixed precision, which is the default, whatever the YAML file says",
+    )
     add("--amp-dtype", choices=CHOICES["AMP_DTYPE"], help="auto: bf16 or fp16 on accelerators, fp32 on CPU")
     add("--amp-opt-level", choices=CHOICES["AMP_OPT_LEVEL"][1:], help="of the times of apex; O0 turns AMP off")
     add("--output", metavar="DIR", help="results go to DIR/<model name>/<tag> (default: output)")
@@ -137,11 +143,10 @@ def _exit(code: int) -> None:
 
 
 @contextmanager
-def session(config: Any, amp: bool | None = None, files: ModuleType = utils) -> Iterator[Session]:
+def session(config: Any, files: ModuleType = utils) -> Iterator[Session]:
     """Device, process group, seeds, scaled learning rates, output folder and log for ``config``, itself unchanged.
 
     Args:
-        amp: whether to use mixed precision where the device has it; ``AMP_ENABLE`` if None.
         files: as of `Session`.
     """
     device = distributed.pick_device()
@@ -151,7 +156,7 @@ def session(config: Any, amp: bool | None = None, files: ModuleType = utils) -> 
     os.makedirs(config.OUTPUT, exist_ok=True)
     logger = create_logger(config.OUTPUT, distributed.rank(), config.MODEL.NAME)
     try:
-        amp_dtype = pick_amp_dtype(config, device, amp)
+        amp_dtype = pick_amp_dtype(config, device)
         logger.info(
             f"{distributed.world_size()} process(es), {device}, {str(amp_dtype).removeprefix('torch.')}, "
             f"torch {torch.__version__}"
@@ -179,12 +184,9 @@ def settle(config: Any) -> Any:
     return config
 
 
-def pick_amp_dtype(config: Any, device: torch.device, amp: bool | None = None) -> torch.dtype:
-    """``AMP_DTYPE``; for auto bfloat16 where the accelerator has it, else float16, and float32 on a CPU.
-
-    ``amp`` False asks for float32; True cannot overrule ``AMP_ENABLE`` (``--disable_amp``).
-    """
-    if not config.AMP_ENABLE or amp is False:
+def pick_amp_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """``AMP_DTYPE``; for auto bfloat16 where the accelerator has it, else float16, and float32 on a CPU."""
+    if not config.AMP_ENABLE:
         return torch.float32
     if config.AMP_DTYPE != "auto":
         return AMP_DTYPES[config.AMP_DTYPE]

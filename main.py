@@ -14,10 +14,6 @@ import supervised
 def main(config: Any) -> float:
     """Do what ``config`` says. Returns the best top-1 accuracy in percent, or images per second for THROUGHPUT_MODE."""
     with launch.session(config) as session:
-        if config.MODEL.TYPE == "swin_moe" and not config.THROUGHPUT_MODE:
-            raise ValueError(
-                "MODEL.TYPE='swin_moe' has an auxiliary loss, which main.py does not know; use main_moe.py"
-            )
         return supervised.run(session)
 
 

@@ -11,18 +11,14 @@ from typing import Any
 import launch
 import supervised
 import utils_simmim
-from data import build_loader
 from optimizer import build_optimizer
 
-TASK = supervised.Task(
-    build_loader=partial(build_loader, simmim=True, is_pretrain=False),
-    build_optimizer=partial(build_optimizer, simmim=True, is_pretrain=False),
-)
+TASK = supervised.Task(build_optimizer=partial(build_optimizer, simmim=True, is_pretrain=False))
 
 
 def main(config: Any) -> float:
     """Do what ``config`` says. Returns the best top-1 accuracy in percent, or images per second for THROUGHPUT_MODE."""
-    with launch.session(config, amp=config.ENABLE_AMP, files=utils_simmim) as session:
+    with launch.session(config, files=utils_simmim) as session:
         return supervised.run(session, TASK)
 
 

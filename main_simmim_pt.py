@@ -5,6 +5,7 @@ torchrun --nproc_per_node 16 main_simmim_pt.py --cfg … --data-path FOLDER --ba
 python main_simmim_pt.py --eval --cfg … --resume FILE.pth --data-path FOLDER
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +24,11 @@ def reconstruction_loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, 
     return model(images, masks), {}
 
 
-def main(config: Any) -> float:
-    """Do what ``config`` says. Returns the last reconstruction loss on the images that are watched."""
-    with launch.session(config, amp=config.ENABLE_AMP) as session:
+def main(config: Any) -> None:
+    """Pre-train as ``config`` says, or with ``EVAL_MODE`` show what a checkpoint reconstructs."""
+    with launch.session(config) as session:
         if config.THROUGHPUT_MODE:
-            raise ValueError("--throughput: pre-training has no model to time; time the fine-tuned one by main.py")
+            raise ValueError("--throughput: main_simmim_pt.py times nothing; main.py times the same model")
         if config.MODEL.PRETRAINED:
             raise ValueError("--pretrained: pre-training starts anew, or continues a run by --resume FILE")
         model = build_model(session.config, is_pretrain=True)
@@ -35,19 +36,18 @@ def main(config: Any) -> float:
         watch = Watch(session, *reconstruction_samples(session.config, session.config.DATA.WATCHED_IMAGES))
         if config.EVAL_MODE:
             engine.load_weights(session, model, None)
-            watch.look(model.to(session.device), "eval")
-            return watch.loss
-        return train(session, model, watch)
+            watch.look(model.to(session.device), f"of_{Path(session.config.MODEL.RESUME).stem}")
+        else:
+            train(session, model, watch)
 
 
-def train(session: launch.Session, model: nn.Module, watch: Watch) -> float:
+def train(session: launch.Session, model: nn.Module, watch: Watch) -> None:
     loader = build_loader(session.config, simmim=True, is_pretrain=True)
     run = engine.prepare(session, model, loader, after_epoch=watch)
     checkpoint = engine.find_checkpoint(session)
     if checkpoint:
         engine.restore(run, checkpoint)
     engine.fit(run, reconstruction_loss)
-    return watch.loss
 
 
 if __name__ == "__main__":

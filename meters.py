@@ -107,7 +107,9 @@ class EpochMeters:
 
     def _log(self, step: int, seconds: float, seconds_mean: float) -> None:
         run, progress = self.run, self.run.progress
-        steps, group = len(run.loader_train), run.optimizer.param_groups[0]
+        steps = len(run.loader_train)
+        lr = run.optimizer.param_groups[-1]["lr"]  # the head's, where layers have rates of their own
+        weight_decay = run.optimizer.param_groups[0]["weight_decay"]
         scale = run.scaler.get_scale()
         self._count("loss_scale", scale)
         memory = distributed.peak_memory_mb(run.session.device)
@@ -116,14 +118,14 @@ class EpochMeters:
         meters = [self._meter(name) for name in [*names, *(name for name in self.totals if name not in names)]]
         run.session.logger.info(
             f"Train: [{progress.epoch}/{run.config.TRAIN.EPOCHS}][{step}/{steps}]\t"
-            f"eta {timedelta(seconds=int(seconds_mean * (steps - step)))} lr {group['lr']:.6f}\t "
-            f"wd {group['weight_decay']:.4f}\t"
+            f"eta {timedelta(seconds=int(seconds_mean * (steps - step)))} lr {lr:.6f}\t "
+            f"wd {weight_decay:.4f}\t"
             f"time {seconds:.4f} ({seconds_mean:.4f})\t" + "\t".join(meters) + f"\tmem {memory:.0f}MB"
         )
         images = run.config.DATA.BATCH_SIZE * distributed.world_size()
         scalars = {f"train/{name}": statistics.fmean(values) for name, values in self.window.items()}
         scalars |= {
-            "train/learning_rate": group["lr"],
+            "train/learning_rate": lr,
             "train/loss_scale": scale,
             "train/skipped_updates": progress.skipped,
             "train/images_per_second": images / seconds,

@@ -26,8 +26,10 @@ def reconstruct(session: Session, model: SimMIM, images: Tensor, masks: Tensor) 
     was_training = model.training
     model.eval()
     images, masks = images.to(session.device), masks.to(session.device)
+    size = session.config.DATA.BATCH_SIZE
     with session.autocast():
-        losses, predicted = model.reconstruct(images, masks)
+        parts = [model.reconstruct(*part) for part in zip(images.split(size), masks.split(size), strict=True)]
+    losses, predicted = (torch.cat(values) for values in zip(*parts, strict=True))
     model.train(was_training)
     hidden = model.hidden_pixels(masks)
     # What is predicted of pixels that are seen is not trained, and means nothing.
@@ -59,7 +61,6 @@ class Watch:
 
     def __init__(self, session: Session, images: Tensor, masks: Tensor):
         self.session, self.images, self.masks = session, images, masks
-        self.loss = float("nan")
 
     def __call__(self, run: Any) -> None:
         """After an epoch of ``run``, on the main process; the others have nothing to do."""
@@ -68,15 +69,14 @@ class Watch:
             return
         losses, grid = self.look(run.model, f"epoch_{epoch}")
         each = {f"reconstruction/image_{i}": loss for i, loss in enumerate(losses.tolist())}
-        write_scalars(run, {"val/loss": self.loss, **each})
+        write_scalars(run, {"val/loss": losses.mean().item(), **each})
         run.writer.add_image("reconstruction", grid, run.progress.updates)
 
     def look(self, model: SimMIM, name: str) -> tuple[Tensor, Tensor]:
         """Log what `reconstruct` gives, and write ``OUTPUT/reconstruction_<name>.png``."""
         losses, grid = reconstruct(self.session, model, self.images, self.masks)
-        self.loss = losses.mean().item()
         each = " ".join(f"{loss:.4f}" for loss in losses.tolist())
-        self.session.logger.info(f" * Reconstruction loss {self.loss:.4f} of {len(losses)} images: {each}")
+        self.session.logger.info(f" * Reconstruction loss {losses.mean():.4f} of {len(losses)} images: {each}")
         path = Path(self.session.config.OUTPUT) / f"reconstruction_{name}.png"
         if distributed.is_main():
             write_png(grid, path)

@@ -44,7 +44,6 @@ class SupervisedLoss:
 class Task:
     """What a script does its own way; the defaults are those of main.py."""
 
-    build_loader: Callable[[Any], tuple] = build_loader
     build_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer
     loss: type[SupervisedLoss] = SupervisedLoss
     after_epoch: Callable[[nn.Module], Callable[[engine.Run], None]] | None = (
@@ -60,6 +59,10 @@ def run(session: Session, task: Task | None = None) -> float:
     task = task or Task()
     if session.config.THROUGHPUT_MODE:
         return time_model(session)
+    if session.config.MODEL.TYPE == "swin_moe" and task.loss is SupervisedLoss:
+        raise ValueError(
+            "MODEL.TYPE='swin_moe' has an auxiliary loss, which this script does not know; use main_moe.py"
+        )
     if session.config.EVAL_MODE:
         return evaluate(session, task)
     return train(session, task)
@@ -67,7 +70,7 @@ def run(session: Session, task: Task | None = None) -> float:
 
 def train(session: Session, task: Task) -> float:
     config = session.config
-    dataset_train, _, loader_train, loader_val, mixup = task.build_loader(config)
+    dataset_train, _, loader_train, loader_val, mixup = build_loader(config)
     model = build_model(config)
     engine.describe(session, model)
     after_epoch = task.after_epoch and task.after_epoch(model)
@@ -85,7 +88,7 @@ def train(session: Session, task: Task) -> float:
 
 def evaluate(session: Session, task: Task) -> float:
     config = session.config
-    _, dataset_val, _, loader_val, _ = task.build_loader(config)
+    _, dataset_val, _, loader_val, _ = build_loader(config)
     model = build_model(config)
     engine.describe(session, model)
     if config.MODEL.PRETRAINED and not config.MODEL.RESUME:

@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import distributed
-from checkpoint import Size, WeightsError, is_rebuilt, other_coordinates, pretrained_state, released_names, strict_state
+from checkpoint import (
+    Size,
+    WeightsError,
+    architecture,
+    classes_of,
+    is_pretraining,
+    is_rebuilt,
+    keeps_head,
+    other_coordinates,
+    pretrained_state,
+    released_names,
+    strict_state,
+)
 from config import to_dict
 from models.layers import patches_of
 from optimizer import load_optimizer_state
@@ -82,6 +94,11 @@ def resume(
             key = f"MODEL.{config.MODEL.TYPE.upper()}.PRETRAINED_WINDOW_SIZES"
             raise ValueError(f"its SwinV2 coordinates are of other {key}; give those")
         if not config.EVAL_MODE:
+            check_architecture(config, weights, expected)
+            if is_pretraining(weights) and not is_pretraining(expected):
+                raise ValueError(
+                    "a checkpoint of SimMIM's pre-training; begin fine-tuning by --pretrained, with a --tag of its own"
+                )
             model.load_state_dict(strict_state(released_names(weights, expected)[0], expected))
     if config.EVAL_MODE:
         _load_weights(config, model, {**saved, "model": weights}, path, logger)
@@ -141,19 +158,23 @@ def _load_weights(
     config: Any, model: nn.Module, saved: dict, path: str, logger: logging.Logger, resize_table: Callable | None = None
 ) -> None:
     """Give ``model`` the weights of a checkpoint, fitted to its sizes; log what was changed."""
-    resolution = getattr(model, "patches_resolution", None)
+    resolution = getattr(getattr(model, "encoder", model), "patches_resolution", None)
+    expected = model.state_dict()
     with _named(path, logger):
+        check_architecture(config, saved["model"], expected)
         state, notes = pretrained_state(
             saved["model"],
-            model.state_dict(),
+            expected,
             rows_22k_to_1k(),
             _saved_resolution(saved.get("config")),
             None if resolution is None else tuple(resolution),
             resize_table,
         )
-        lost_head = next((note for note in notes if note.endswith(("set to zero", "as initialised"))), None)
-        if config.EVAL_MODE and lost_head:
-            raise ValueError(f"{lost_head}, so there is nothing to evaluate")
+        if config.EVAL_MODE and classes_of(expected) and not keeps_head(saved["model"], expected):
+            raise ValueError(
+                f"head: {classes_of(saved['model']) or 'no'} classes in the file, {classes_of(expected)} in the model, "
+                "so there is nothing to evaluate"
+            )
         model.load_state_dict(state)
     if other_coordinates(saved["model"], state):
         key = f"MODEL.{config.MODEL.TYPE.upper()}.PRETRAINED_WINDOW_SIZES"
@@ -176,6 +197,15 @@ def _saved_resolution(config: dict | None) -> tuple[int, int] | None:
         return patches_of(to_2tuple(size), to_2tuple(patch), config["MODEL"].get("PAD_MAPS", False))
     except (KeyError, TypeError):
         return None
+
+
+def check_architecture(config: Any, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ``ValueError``, naming the keys, where a file's model has other stages, or another width, than this one."""
+    theirs, ours = architecture(state), architecture(expected)
+    section = f"MODEL.{config.MODEL.TYPE.upper()}"
+    for key in ("DEPTHS", "EMBED_DIM"):
+        if theirs is not None and ours is not None and theirs[key] != ours[key]:
+            raise ValueError(f"its model has {section}.{key}={theirs[key]}, this one {ours[key]}; give its own")
 
 
 @contextmanager

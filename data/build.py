@@ -279,9 +279,9 @@ def train_loader(
     samples: Stored,
     config: Any,
     decoding: tuple[Callable, Callable],
-    stack: Callable[[Sequence[Any]], tuple] = stack,
+    make_batch: Callable[[Sequence[Any]], tuple] = stack,
 ) -> DeviceLoader:
-    """Shuffled batches of ``DATA.BATCH_SIZE``, all full. ``stack`` makes a batch of samples, as `images.stack`.
+    """Shuffled batches of ``DATA.BATCH_SIZE``, all full. ``make_batch`` makes a batch of samples, as `images.stack`.
 
     Raises ``ValueError`` where samples do not fill one batch.
     """
@@ -297,7 +297,7 @@ def train_loader(
             f"{len(samples)} training images on {world_size} process(es) do not fill one batch of "
             f"DATA.BATCH_SIZE={config.DATA.BATCH_SIZE}; use at most {len(sampler)}"
         )
-    return _loader(samples, sampler, config, True, decoding, stack)
+    return _loader(samples, sampler, config, True, decoding, make_batch)
 
 
 def _eval_loader(samples: Stored, config: Any) -> DeviceLoader:
@@ -315,7 +315,7 @@ def _loader(
     config: Any,
     is_train: bool,
     decoding: tuple[Callable, Callable],
-    stack: Callable[[Sequence[Any]], tuple],
+    make_batch: Callable[[Sequence[Any]], tuple],
 ) -> DeviceLoader:
     make: type[Dataset] = StreamImages if isinstance(samples, ShardSet) else Images
     dataset = make(samples, *decoding, config.SEED, skips(config))
@@ -326,7 +326,7 @@ def _loader(
         sampler=sampler,
         drop_last=is_train,
         num_workers=workers,
-        collate_fn=partial(collate, fill=is_train, stack=stack),
+        collate_fn=partial(collate, fill=is_train, make_batch=make_batch),
         pin_memory=config.DATA.PIN_MEMORY and torch.accelerator.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=LeaveSignalsToMain() if workers else None,

@@ -106,8 +106,8 @@ def stack(samples: Sequence[tuple[Any, int]]) -> tuple:
     return fast.collate(samples) if uint8 else tuple(default_collate(list(samples)))
 
 
-def collate(samples: Sequence[Any], fill: bool, stack: Callable[[Sequence[Any]], tuple] = stack) -> tuple:
-    """A batch as ``stack`` makes it, and `Skips` if anything was skipped.
+def collate(samples: Sequence[Any], fill: bool, make_batch: Callable[[Sequence[Any]], tuple] = stack) -> tuple:
+    """A batch as ``make_batch`` makes it, and `Skips` if anything was skipped.
 
     Args:
         fill: put other samples of the batch, in turn, in the places of skipped ones, so that every rank has full
@@ -118,13 +118,13 @@ def collate(samples: Sequence[Any], fill: bool, stack: Callable[[Sequence[Any]],
     reasons = tuple(sample.reason for sample in samples if isinstance(sample, Skipped))
     good = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not reasons:
-        return stack(good)
+        return make_batch(good)
     if not good:
         return None, None, Skips(reasons)
     if fill:
         spare = iter(good * len(reasons))
         good = [next(spare) if isinstance(sample, Skipped) else sample for sample in samples]
-    return *stack(good), Skips(reasons)
+    return *make_batch(good), Skips(reasons)
 
 
 _kept = False  # whether somebody puts the global generators back later

@@ -82,32 +82,28 @@ class SimMIM(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mean absolute error on hidden pixels, of images (B, C, height, width) and a mask (B, H, W)."""
-        errors, hidden = self.errors(self.decoder(self.encoder(x, mask)), x, mask)
+        prediction, hidden = self.decoder(self.encoder(x, mask)), self.hidden_pixels(mask)
+        errors = F.l1_loss(prediction, self.targets(x), reduction="none") * hidden
         return errors.sum() / (hidden.sum() + 1e-5) / self.in_chans
 
-    def errors(self, prediction: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Absolute errors (B, C, height, width), 0 where pixels are seen, and hidden pixels (B, 1, height, width)."""
-        hidden = self.hidden_pixels(mask)
-        mean, deviation = self.target_statistics(x)
-        return F.l1_loss(prediction, (x - mean) / deviation, reduction="none") * hidden, hidden
+    def targets(self, x: Tensor) -> Tensor:
+        target = self.config.NORM_TARGET
+        return norm_targets(x, target.PATCH_SIZE) if target.ENABLE else x
 
     def hidden_pixels(self, mask: Tensor) -> Tensor:
         """A mask of patches (B, H, W) as one of pixels (B, 1, height, width)."""
         return mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2).unsqueeze(1)
 
-    def target_statistics(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[float, float]:
-        """What targets are normalised by: those of `window_statistics`, or 0 and 1."""
-        target = self.config.NORM_TARGET
-        return window_statistics(x, target.PATCH_SIZE) if target.ENABLE else (0.0, 1.0)
-
     @torch.no_grad()
     def reconstruct(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each image (B,), and the predicted images (B, C, height, width), normalised as ``x`` is."""
-        prediction = self.decoder(self.encoder(x, mask)).to(x.dtype)
-        errors, hidden = self.errors(prediction, x, mask)
-        mean, deviation = self.target_statistics(x)
+        prediction, hidden = self.decoder(self.encoder(x, mask)).to(x.dtype), self.hidden_pixels(mask)
+        errors = (prediction - self.targets(x)).abs() * hidden
         loss = errors.flatten(1).sum(1) / (hidden.flatten(1).sum(1) + 1e-5) / self.in_chans
-        return loss, prediction * deviation + mean
+        if self.config.NORM_TARGET.ENABLE:
+            mean, deviation = window_statistics(x, self.config.NORM_TARGET.PATCH_SIZE)
+            prediction = prediction * deviation + mean
+        return loss, prediction
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -132,9 +132,14 @@ def test_another_architecture_is_reported(parts):
     wider = make_config(None, *SMALL, "MODEL.SWIN.EMBED_DIM", 16, "MODEL.NUM_CLASSES", 3)
     with pytest.raises(ValueError) as error:
         utils.load_checkpoint(with_resume(wider, path), build_model(wider), None, None, None, LOGGER)
-    assert "of another shape (patch_embed.proj.weight: 8x3x2x2 in the file, 16x3x2x2 in the model" in str(error.value)
+    assert "its model has MODEL.SWIN.EMBED_DIM=8, this one 16; give its own" in str(error.value)
+    other_mlps = make_config(None, *SMALL, "MODEL.SWIN.MLP_RATIO", 2.0, "MODEL.NUM_CLASSES", 3)
+    with pytest.raises(
+        ValueError, match=r"of another shape \(layers\.0\.blocks\.0\.mlp\.fc1\.weight: 32x8 in the file, 16x8"
+    ):
+        utils.load_checkpoint(with_resume(other_mlps, path), build_model(other_mlps), None, None, None, LOGGER)
     deeper = make_config(None, *SMALL, "MODEL.SWIN.DEPTHS", [2, 3], "MODEL.NUM_CLASSES", 3)
-    with pytest.raises(ValueError, match=r"missing \(layers\.1\.blocks\.2\."):
+    with pytest.raises(ValueError, match=r"its model has MODEL.SWIN.DEPTHS=\[2, 2\], this one \[2, 3\]"):
         utils.load_checkpoint(with_resume(deeper, path), build_model(deeper), None, None, None, LOGGER)
     assert compare(build_model(config).state_dict(), parts[1].state_dict()).missing == []
 

@@ -145,7 +145,7 @@ def test_nothing_is_overwritten_unless_asked(call, images, tmp_path):
         (
             ["images"],
             ["MODEL.SWIN.EMBED_DIM", 16],
-            r"weights\.pth: its weights are not this model's: .*of another shape",
+            r"weights\.pth: its model has MODEL\.SWIN\.EMBED_DIM=8, this one 16",
         ),
         (
             ["images"],

@@ -93,7 +93,7 @@ def visualize(config: Any, images: Sequence[Path], seed: int, target: Path) -> T
     pictures = torch.stack([transform(decode_pil(path.read_bytes(), str(path))) for path in paths])
     drawn = torch.from_numpy(np.stack([masks(generator) for _ in paths]))
     device = distributed.pick_device()
-    session = Session(config, device, pick_amp_dtype(config, device, config.ENABLE_AMP), logger)
+    session = Session(config, device, pick_amp_dtype(config, device), logger)
     losses, grid = reconstruct(session, model.to(device), pictures, drawn)
     write_png(grid, target)
     for path, loss in zip(paths, losses.tolist(), strict=True):
