@@ -84,7 +84,7 @@ def open_split(
         labelled: whether labels are needed. If not, any folder of images will do, and any label.
     """
     kind, chosen = source_kind(config), config.DATA.CLASSES
-    open_kind = OPEN[kind] if labelled or kind != "folder" else _open_tree
+    open_kind = OPEN[kind] if labelled else UNLABELLED.get(kind, OPEN[kind])
     if not chosen:
         limit = config.MODEL.NUM_CLASSES if labelled else None
         if config.MODEL.NUM_CLASSES_FROM_DATA:
@@ -128,10 +128,11 @@ def _open_zip(config: Any, split: str, classes: Classes, limit: int | None) -> S
     )
 
 
-def _open_shards(config: Any, split: str, classes: Classes, limit: int | None) -> ShardSet:
+def _open_shards(config: Any, split: str, classes: Classes, limit: int | None, labelled: bool = True) -> ShardSet:
     pattern, index = (config.DATA[f"{split.upper()}_{key}"] for key in ("SHARDS", "INDEX"))
     skip = skips(config)
-    return ShardSet(pattern or _root(config) / split, index or None, classes=classes, num_classes=limit, skip=skip)
+    names = {"classes": classes, "num_classes": limit}
+    return ShardSet(pattern or _root(config) / split, index or None, **names, skip=skip, labelled=labelled)
 
 
 def _open_list(config: Any, split: str, classes: Classes, limit: int | None) -> Source:
@@ -146,6 +147,10 @@ OPEN: dict[str, Callable[[Any, str, Classes, int | None], Stored]] = {
     "raw": lambda config, split, classes, limit: RawSource(_root(config) / split, classes, limit, skips(config)),
     "tiny_imagenet": lambda config, split, classes, _: TinyImageNetSource(_root(config), split, classes, skips(config)),
 }
+
+
+# Where labels are not needed, these kinds do without.
+UNLABELLED = {"folder": _open_tree, "shards": partial(_open_shards, labelled=False)}
 
 
 class Known(NamedTuple):

@@ -66,8 +66,9 @@ class ShardSet:
         classes: list[str] | None = None,
         num_classes: int | None = None,
         skip: bool = False,
+        labelled: bool = True,
     ):
-        self.urls, self.skip = expand(shards, skip), skip
+        self.urls, self.skip, self.labelled = expand(shards, skip), skip, labelled
         indices = find_indices(self.urls, index)
         self.faults = find_faults(self.urls, indices)
         if self.faults and not skip:
@@ -125,7 +126,7 @@ class ShardSet:
                     if found > count:
                         raise ValueError(_wrong_count(url, count, found))
                 if found - 1 == position:
-                    yield position, *unpack(sample, url, self.num_classes)
+                    yield position, *unpack(sample, url, self.num_classes, self.labelled)
                     position = next(wanted, None)
 
 

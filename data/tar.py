@@ -112,14 +112,20 @@ def _end(pipe: Any) -> None:
     pipe.close()
 
 
-def unpack(sample: dict[str, Any], url: str, num_classes: int | None) -> tuple[str, Data, int]:
-    """(name, data, label) of a sample; a ``ValueError`` and -1 where it is no labelled image."""
+def unpack(sample: dict[str, Any], url: str, num_classes: int | None, labelled: bool = True) -> tuple[str, Data, int]:
+    """(name, data, label) of a sample; a ``ValueError`` and -1 where it is no labelled image.
+
+    Args:
+        labelled: whether it needs a label; if not, 0 stands for one that is missing.
+    """
     name = f"{url}@/{printable(sample['__key__'])}"
     images = sorted(IMAGE_SUFFIXES.intersection(sample))
     if len(images) != 1:
         members = ", ".join(printable(suffix) for suffix in sample if not suffix.startswith("__"))
         return name, ValueError(f"{name}: {len(images)} images among its members ({members}); expected 1"), -1
     name, data, text = f"{name}.{images[0]}", sample[images[0]], sample.get("cls")
+    if text is None and not labelled:
+        text = b"0"
     if text is None:
         return name, ValueError(f"{name}: no label; expected a member .cls with the number of its class"), -1
     if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
