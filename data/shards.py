@@ -46,6 +46,7 @@ class ShardSet:
         skip: give what is wrong with a shard for each sample that it lacks, as for a sample that is wrong by itself,
             instead of raising it (``DATA.ON_ERROR skip``). A shard's count must be known, then: ranks whose machines
             have other copies of a damaged one would count differently.
+        labelled: whether samples need labels; if not, 0 stands for one that is missing.
 
     Attributes:
         urls: the shards, as paths or commands.

@@ -3,6 +3,7 @@
 import pickle
 import random
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,19 @@ def test_class_folders_are_numbered_as_in_supervised_training(image_folder):
     for source in (ImageTree(train), pretraining(train).dataset.source, pretraining(image_folder).dataset.source):
         assert source.paths == expected.paths and np.array_equal(source.labels, expected.labels)
         assert source.classes == ["ant", "bee", "cat", "dog"]  # the last without images
+
+
+def test_shards_without_labels(image_folder, tmp_path):
+    (tmp_path / "plain" / "train").mkdir(parents=True)
+    paths = sorted((image_folder / "train").rglob("*.png"))[:8]
+    with tarfile.open(tmp_path / "plain/train/shard-000000.tar", "w") as archive:
+        for number, path in enumerate(paths):
+            archive.add(path, f"{number:04d}.png")
+    config = ["DATA.SOURCE", "shards", "DATA.WATCHED_IMAGES", 2]
+    images, _, labels = epoch_of(pretraining(tmp_path / "plain", *config), 0)
+    assert len(images) == 8 and not labels.any()
+    watched, _ = reconstruction_samples(config_for(tmp_path / "plain", *config), 2)
+    assert len(watched) == 2
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
