@@ -120,6 +120,8 @@ _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 or None does not clip
 _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 1
 _C.TRAIN.USE_CHECKPOINT = False
+_C.TRAIN.SHARDING = "ddp"  # or fsdp2: all but experts is sliced over processes; see docs/scaling.md
+_C.TRAIN.CPU_OFFLOAD = False  # with fsdp2: slices, their gradients and optimizer state stay on the CPU
 _C.TRAIN.TIME_LIMIT = 0.0  # minutes of training, after which it saves and ends, with exit code 0; 0: none
 _C.TRAIN.MAX_NONFINITE_STEPS = 25  # in a row, then training stops with an error
 _C.TRAIN.LAYER_DECAY = 1.0
@@ -213,6 +215,7 @@ CHOICES = {
     "MODEL.SWIN_MOE.PATH": ("capacity", "dropless"),
     "MODEL.SWIN_MOE.ROUTER": ("flat", "product", "limited"),
     "MODEL.SWIN_MOE.BACKEND": ("native", "tutel"),
+    "TRAIN.SHARDING": ("ddp", "fsdp2"),
     "TRAIN.MOE.CHECKPOINT": ("native", "official"),
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import distributed
+import sharding
 import utils
 from config import to_dict
 from launch import Session, Stopped, TimeIsUp
@@ -86,7 +87,15 @@ class Run:
     after_epoch: Callable[["Run"], None] | None = None  # called on every rank after each epoch
 
     def __post_init__(self):
-        self.replica = self.model
+        self.replica, self.shards = self.model, None
+        self.parameters = list(self.model.parameters())  # that a step works on
+        self.combine_gradients = None
+        if sharding.is_sharded(self.model):
+            self.shards = sharding.ShardedStep(self.model, self.optimizer)
+            self.parameters, self.combine_gradients = self.shards.parameters, self.shards.combine
+            return
+        if any(expert_modules(self.model)):
+            self.combine_gradients = partial(_combine_expert_gradients, self.model)
         if distributed.world_size() > 1:
             devices = None if self.session.device.type == "cpu" else [self.session.device.index]
             exclude_from_ddp(self.model)
@@ -94,13 +103,15 @@ class Run:
                 self.model, device_ids=devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False}
             )
 
-        self.combine_gradients = (
-            partial(_combine_expert_gradients, self.model) if any(expert_modules(self.model)) else None
-        )
-
     @property
     def config(self) -> Any:
         return self.session.config
+
+    def around_batch(self, last: bool) -> AbstractContextManager:
+        """For passes on a batch, and the step after the ``last`` one before an update: others reduce no gradients."""
+        if self.shards is not None:
+            return self.shards.batch(last)
+        return nullcontext() if last or self.replica is self.model else self.replica.no_sync()
 
     def should_stop(self) -> bool:
         return bool(self.stop_signal) or time.monotonic() >= self.deadline
@@ -129,6 +140,7 @@ def prepare(
     """Optimizer, schedule and scaler for ``model``, which moves to the session's device."""
     config = session.config
     model.to(session.device)
+    _shard_if_asked(session, model)
     optimizer = make_optimizer(config, model)
     updates = math.ceil(len(loader_train) / config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, updates)
@@ -137,6 +149,21 @@ def prepare(
     progress = Progress(epoch=first, updates=first * updates, updates_per_epoch=updates)
     parts = (session, model, loader_train, loader_val, optimizer, scheduler, scaler)
     return Run(*parts, classes or [], progress, after_epoch=after_epoch)
+
+
+def _shard_if_asked(session: Session, model: nn.Module) -> None:
+    train, logger, world_size = session.config.TRAIN, session.logger, distributed.world_size()
+    sharding.check_settings(train, model)
+    if train.SHARDING == "ddp":
+        return
+    if world_size == 1:
+        logger.info("TRAIN.SHARDING fsdp2: one process has nothing to share; it keeps the whole model")
+        return
+    sharding.shard(model, session.device, train.CPU_OFFLOAD)
+    here, whole = sharding.numbers_here(model)
+    logger.info(f"TRAIN.SHARDING fsdp2: {here} of the {whole} parameters that are not experts' are on this process")
+    if train.CPU_OFFLOAD and session.device.type == "cpu":
+        logger.info("TRAIN.CPU_OFFLOAD: there is no accelerator to take parameters off")
 
 
 def describe(session: Session, model: nn.Module) -> None:
@@ -272,6 +299,8 @@ def _finish_epoch(run: Run) -> None:
             run.best_saved = acc1
             if _this_process_saves(run.session):
                 run.session.files.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
+            elif run.shards is not None:
+                run.model.state_dict()  # takes part in gathering what the main process writes
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
         write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
     progress.epoch, progress.samples = epoch + 1, 0
@@ -309,6 +338,9 @@ def save(run: Run) -> None:
             rng=generators,
             classes=run.classes,
         )
+    elif run.shards is not None:  # takes part in gathering what the main process writes
+        run.model.state_dict()
+        run.optimizer.state_dict()
     distributed.barrier()
 
 
@@ -349,14 +381,14 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
     for step, batch in enumerate(loader, first):
         updates_now = (step + 1) % group == 0 or step + 1 == steps
         members = group if step < steps - steps % group else steps % group
-        with nullcontext() if updates_now or world_size == 1 else run.replica.no_sync():
+        with run.around_batch(updates_now):
             with run.session.autocast():
                 loss, values = compute_loss(run.replica, _to_device(batch, run.session.device))
             norm = run.scaler(
                 loss / members,
                 run.optimizer,
                 clip_grad=config.TRAIN.CLIP_GRAD,
-                parameters=run.model.parameters(),
+                parameters=run.parameters,
                 update_grad=updates_now,
                 combine=run.combine_gradients,
             )
@@ -401,11 +433,11 @@ def report_skipped(session: Session, loader: Any, what: str) -> None:
         session.logger.warning(f"skipped: {reason}")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode FSDP2 would keep tensors that training cannot use
 def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[float, float, float]:
     """Top-1 and top-5 accuracy in percent, and the mean cross-entropy; each image counts once on any number of ranks.
 
-    ``model`` is the bare module: ranks may have different numbers of batches.
+    ``model`` is the bare module, or one of `sharding.shard`: ranks may have different numbers of batches.
     """
     config, logger, device = session.config, session.logger, session.device
     model.eval()
@@ -420,7 +452,7 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
             logits = model(images)
         if isinstance(logits, tuple):  # Swin-MoE also gives its auxiliary loss
             logits, _ = logits
-        sums += _scores(logits.float(), targets).to(precision)
+        sums += _scores(logits[: len(targets)].float(), targets).to(precision)
         bar.update(step + 1)
         if step % config.PRINT_FREQ == 0:
             (new_loss, new_acc1, new_acc5), (loss, acc1, acc5) = _means(sums - printed), _means(sums)
@@ -443,15 +475,17 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
 
 
 def _together(loader: Any, model: nn.Module, device: torch.device) -> Iterator[Any]:
-    """The batches of ``loader``; where processes share experts, then empty ones until all processes are through.
+    """The batches of ``loader``; where processes share weights, then empty ones until all processes are through.
 
-    Every pass through the model is an exchange between them.
+    Every pass through the model is an exchange between them. Models take batches without images only where experts are
+    all that is shared; else there is a blank image, without a target.
     """
-    if not any(module.expert_groups.size > 1 for _, module in expert_modules(model)):
+    sharded = sharding.is_sharded(model)
+    if not sharded and not any(module.expert_groups.size > 1 for _, module in expert_modules(model)):
         yield from loader
         return
     batches, size = iter(loader), (model.patch_embed.in_chans, *model.patch_embed.img_size)
-    nothing = (torch.empty(0, *size), torch.empty(0, dtype=torch.long))
+    nothing = (torch.zeros(int(sharded), *size), torch.empty(0, dtype=torch.long))
     while True:
         batch = next(batches, None)
         if not distributed.any_rank(batch is not None, device):

@@ -22,6 +22,7 @@ from .routing import Choices, Slots, move_rows
 
 ROUTERS = ("flat", "product", "limited")
 PATHS = ("capacity", "dropless")
+GROUPED_DEVICES = ("cuda",)  # where a grouped product is quicker than a loop; on the CPU it is a loop itself
 MAX_TEMPERATURE = math.log(100.0)  # cosines are multiplied by 100 at most
 
 
@@ -159,12 +160,10 @@ class Experts(nn.Module):
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """(n, C) to (n, C): rows sorted by expert, ``counts`` (El,) of each."""
         w1, b1, w2, b2 = (weight.to(x.dtype) for weight in self.weights())
-        if not takes_grouped_product(x, w1.shape[1]):
-            outputs = []
-            for i, rows in enumerate(x.split(counts.tolist())):
-                hidden = self.drop(F.gelu(F.linear(rows, w1[i], b1[i])))
-                outputs.append(torch.addmm(b2[i], hidden, w2[i]))
-            return torch.cat(outputs)
+        if x.device.type not in GROUPED_DEVICES or not takes_grouped_product(x, w1.shape[1]):
+            rows = counts.tolist()
+            hidden = self.drop(F.gelu(_ExpertProducts.apply(x, w1.transpose(1, 2), b1, rows)))
+            return _ExpertProducts.apply(hidden, w2, b2, rows)
         offsets = counts.to(x.device).cumsum(0)
         expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
         member = F.one_hot(expert, self.num_local).to(x.dtype)  # n, El: its product with biases has a quick gradient
@@ -175,6 +174,34 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         shard = f", {self.shards} processes to each" if self.shards > 1 else ""
         return f"dim={self.dim}, hidden={self.hidden}, experts={self.num_local} of {self.num_experts}{shard}"
+
+
+class _ExpertProducts(torch.autograd.Function):
+    """Rows (n, C) sorted by expert, as many as ``counts`` says, times the weight (El, C, H) of each, plus its bias.
+
+    In a loop; results and gradients are written where they belong, so nothing is cut up or put together.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        y = x.new_empty(len(x), weight.shape[2])
+        for i, (rows, result) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
+            torch.addmm(bias[i], rows, weight[i], out=result)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        grad_bias = grad.new_empty(weight.shape[0], weight.shape[2])
+        parts = (part.split(ctx.counts) for part in (x, grad, grad_x))
+        for i, (rows, grad_rows, result) in enumerate(zip(*parts, strict=True)):
+            torch.mm(grad_rows, weight[i].t(), out=result)
+            torch.mm(rows.t(), grad_rows, out=grad_weight[i])
+            torch.sum(grad_rows, 0, out=grad_bias[i])
+        return grad_x, grad_weight, grad_bias, None
 
 
 def takes_grouped_product(x: Tensor, hidden: int) -> bool:
@@ -391,12 +418,26 @@ class MoELayer(nn.Module):
         """Tokens (T, C) through slots of their experts, as many of each; also which choices were kept (T, k)."""
         own, size = self.capacities(len(x), slots.counts)
         k = self.top_value
+        if self.processes.size == 1 and _reads_freely(x):
+            return self.run_kept(x, choices, slots, own)
         chosen, used = routing.fill_slots(slots, size, own)  # E * size
         kept = slots.positions < own
         places = choices.experts * size + slots.positions.clamp(max=size - 1)  # T, k
         sent = move_rows(x, chosen // k, places, kept.to(x.dtype))
         answers = self.run_experts(sent)
         rows = move_rows(answers, places.flatten(), chosen[:, None], used[:, None].to(answers.dtype))
+        return routing.weigh_choices(rows, choices.gates * kept), kept
+
+    def run_kept(self, x: Tensor, choices: Choices, slots: Slots, own: int) -> tuple[Tensor, Tensor]:
+        """As `run_capacity`, without empty slots: shapes follow from values, which cost nothing to read on a CPU."""
+        counts = slots.counts.clamp(max=own)
+        kept = slots.positions < own
+        chosen = slots.choices[kept.flatten()[slots.choices]]
+        places = (counts.cumsum(0) - counts)[choices.experts] + slots.positions.clamp(max=own - 1)
+        places = places.clamp(max=max(len(chosen) - 1, 0))
+        sent = move_rows(x, chosen // self.top_value, places, None if len(chosen) == kept.numel() else kept.to(x.dtype))
+        answers = self.experts.grouped(sent, counts)
+        rows = move_rows(answers, places.flatten(), chosen[:, None])
         return routing.weigh_choices(rows, choices.gates * kept), kept
 
     def capacities(self, tokens: int, counts: Tensor) -> tuple[int, int]:
@@ -535,6 +576,10 @@ def _draw(
     else:
         values.normal_(0.0, std, generator=generator)
     weight.copy_(values[rows])
+
+
+def _reads_freely(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:

@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import fill, golden, golden_images, make_config, swin_tiny
+from conftest import BACKENDS, fill, golden, golden_images, make_config, swin_tiny
 
 from models import build_model
-from models.attention import ATTEND, set_attention_backend
+from models.attention import set_attention_backend
 from models.swin_mlp import SwinMLP
 from models.swin_transformer import BasicLayer, SwinTransformer, SwinTransformerBlock, WindowAttention
 from models.swin_transformer_moe import SwinTransformerMoE
@@ -57,7 +57,7 @@ def check_groups(optimizer: torch.optim.Optimizer, expected: dict) -> None:
         assert group.get("group_name") == numbers.get("group_name")
 
 
-@pytest.mark.parametrize("backend", ATTEND)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OFFICIAL])
 def test_logits_loss_and_gradients_are_the_official_ones(name, backend):
     expected = OFFICIAL[name]
@@ -160,7 +160,7 @@ def test_backends_agree_in_float64_with_gradients():
     ).double()
     images = torch.randn(3, 3, 32, 48, dtype=torch.float64)
     results = {}
-    for backend in ATTEND:
+    for backend in BACKENDS:
         set_attention_backend(model, backend)
         model.zero_grad()
         loss = model.eval()(images).square().sum()
@@ -189,7 +189,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert len(calls) == 3  # once, and once more in the backward pass
 
 
-@pytest.mark.parametrize("backend", ["auto", *ATTEND])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_window_attention_on_windows_is_that_on_maps(backend, shifted):
     """The official call on cut windows and the call on image-ordered maps agree."""

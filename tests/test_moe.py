@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_golden import check_layer, check_model, golden_layer, golden_model, wave
 from torch import Tensor, nn
 
-from models import build_model
+from models import build_model, moe
 from models.arguments import model_arguments
 from models.expert_parallel import expert_parameters, global_grad_norm, parameter_counts, sync_expert_gradients
 from models.moe import MoELayer, collect_statistics, local_experts, takes_grouped_product, total_experts
@@ -42,6 +42,14 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(params=[True, False], ids=["kept", "slots"])
+def both_ways(request, monkeypatch):
+    """Without empty slots, as on a CPU, and with all of them, as on a device."""
+    if not request.param:
+        monkeypatch.setattr(moe, "_reads_freely", lambda x: False)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", CASES["layer"])
 def test_layer_is_tutels(name, monkeypatch):
     cfg, expected = CASES["layer"][name]["cfg"], CASES["layer"][name]["result"]
@@ -52,6 +60,7 @@ def test_layer_is_tutels(name, monkeypatch):
     check_layer(layer, x, expected)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("name", CASES["model"])
 def test_model_is_the_official_one(name, monkeypatch):
     cfg, expected = CASES["model"][name]["cfg"], CASES["model"][name]["result"]
@@ -113,7 +122,8 @@ def test_layer_is_what_it_says_token_by_token(T, E, k, factor, bpr, normalize):
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("width", [8, 6])  # rows of 6 floats are not aligned as a grouped product wants them
-def test_dropless_is_capacity_that_suffices(k, width):
+def test_dropless_is_capacity_that_suffices(k, width, monkeypatch):
+    monkeypatch.setattr(moe, "GROUPED_DEVICES", ("cpu",))
     torch.manual_seed(0)
     layer = MoELayer(width, 16, 5, k, 0.0, gate_noise=0.0, init_std=0.5, path="capacity")
     dropless = MoELayer(width, 16, 5, k, 0.01, gate_noise=0.0, path="dropless")

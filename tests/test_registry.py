@@ -181,7 +181,7 @@ def test_models_without_released_weights_say_so(name):
 
 
 def test_wrong_calls_name_the_way_out(released):
-    with pytest.raises(ValueError, match=r"swin_tiny_patch4_window7_224\.pth: its weights are not this model's"):
+    with pytest.raises(ValueError, match=r"window7_224\.pth: its model has MODEL\.SWIN\.EMBED_DIM=16, this one 32"):
         small(pretrained=True, embed_dim=32)
     with pytest.raises(ValueError, match="TORCH_HOME"):
         small(pretrained=True, cache_dir="elsewhere")

@@ -131,8 +131,12 @@ def test_bad_input_is_one_line(image_folder, tmp_path, run_script):
     fails(call("DATA.NUM_WORKERS", -1), "DATA.NUM_WORKERS=-1")
     fails(call("DATA.IMG_SIZE", 18), "DATA.IMG_SIZE", "sizes near it that work")
     fails(call("MODEL.NUM_CLASSES", 2), "3 classes", "MODEL.NUM_CLASSES=2")
-    fails(call("MODEL.SWIN.EMBED_DIM", 16, flags=["--eval", "--resume", good]), "ckpt_epoch_0.pth", "of another shape")
-    fails(call("MODEL.SWIN.EMBED_DIM", 16), "ckpt_epoch_0.pth", "of another shape")  # by auto-resume
+    fails(
+        call("MODEL.SWIN.EMBED_DIM", 16, flags=["--eval", "--resume", good]),
+        "ckpt_epoch_0.pth",
+        "MODEL.SWIN.EMBED_DIM=8, this one 16",
+    )
+    fails(call("MODEL.SWIN.EMBED_DIM", 16), "ckpt_epoch_0.pth", "EMBED_DIM=8, this one 16")  # by auto-resume
     fails(call(flags=["--eval", "--resume", tmp_path / "none.pth"]), "none.pth", "no such checkpoint")
 
     cut = tmp_path / "cut.pth"

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import fill
+from conftest import BACKENDS, fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +83,7 @@ def test_attention_on_padded_maps_is_that_of_real_neighbours(resolution, window,
             expected[a, b] = torch.einsum("hn,hnd->hd", weights, values)
     mask = window_mask(resolution, window, shift)
     mask = mask if mask is None else mask.double()
-    for backend in attention.ATTEND:
+    for backend in BACKENDS:
         module.backend = backend
         got = module(x, mask, shift)[0]
         # a -100 of the shift leaves e^-100 of the others
@@ -294,7 +294,7 @@ def test_gradient_checkpointing_on_padded_maps_changes_nothing(family):
 
 
 @pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[1], FAMILIES[3]], ids=[NAMES[0], NAMES[1], NAMES[3]])
-@pytest.mark.parametrize("backend", attention.ATTEND)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_models_in_half_precision_change_sizes(family, backend):
     model, images = small(family, pad_maps=True).bfloat16(), torch.randn(1, 3, 30, 45, dtype=torch.bfloat16)
     attention.set_attention_backend(model, backend)
@@ -331,7 +331,7 @@ def test_sizes_that_are_no_sizes_are_named(size):
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", attention.ATTEND)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_stays_near_float32_on_padded_maps(family, dtype, backend):
     images = torch.randn(2, 3, 30, 45)
     expected, model = logits_of(small(family, pad_maps=True), images), small(family, pad_maps=True)
@@ -346,7 +346,7 @@ def test_half_precision_stays_near_float32_on_padded_maps(family, dtype, backend
 
 @pytest.mark.gpu
 @every_family
-@pytest.mark.parametrize("backend", ["auto", *attention.ATTEND])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("shape", [(32, 32), (30, 45)])
 def test_the_accelerator_agrees_with_the_cpu(family, backend, shape):
     """Maps that are padded and that are not, in float32, with gradients; half precision stays finite."""
