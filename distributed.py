@@ -8,12 +8,15 @@ import os
 import random
 import resource
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -154,6 +157,41 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type != "cpu" and "device" in state:
         _module(device).set_rng_state(state["device"])
+
+
+def together(action: Callable[[], T]) -> T:
+    """``action()`` of this process, once every process has done its own; all fail where one does, none waits.
+
+    ``action`` must not communicate. Raises what it raised, or ``OSError`` naming process and cause where only others
+    failed.
+    """
+    result = error = None
+    try:
+        result = action()
+    except Exception as err:
+        error = err
+    causes = gather_objects(error and f"{type(error).__name__}: {error}")
+    failed = {rank: cause for rank, cause in enumerate(causes) if cause}
+    failed = broadcast_object(failed)
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("; ".join(f"process {rank}: {cause}" for rank, cause in failed.items()))
+    return result
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What ``action()`` gives on the main process, on every process; so is its ``ValueError`` or ``OSError``."""
+    result = error = None
+    if is_main():
+        try:
+            result = action()
+        except (ValueError, OSError) as err:
+            error = err
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def broadcast_object(value: Any) -> Any:

@@ -192,8 +192,7 @@ def find_checkpoint(session: Session) -> str:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then training has gone on from RESUME
     if not config.TRAIN.AUTO_RESUME or (config.MODEL.RESUME and not restarted):
         return config.MODEL.RESUME
-    found = session.files.auto_resume_helper(config.OUTPUT, logger=logger) if distributed.is_main() else None
-    found = distributed.broadcast_object(found)
+    found = distributed.on_main(lambda: session.files.auto_resume_helper(config.OUTPUT, logger=logger))
     if found:
         logger.info(f"auto resuming from {found}")
     else:
@@ -271,7 +270,7 @@ def fit(run: Run, compute_loss: ComputeLoss) -> float:
         logger.info(f"Full config saved to {path}")
         run.writer = SummaryWriter(config.OUTPUT, purge_step=run.progress.updates + 1)
     if config.SAVE_BEST:
-        run.best_saved = distributed.broadcast_object(utils.best_accuracy(config) if distributed.is_main() else None)
+        run.best_saved = distributed.on_main(lambda: utils.best_accuracy(config))
     logger.info("Start training")
     began = time.time()
     if config.TRAIN.TIME_LIMIT:

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +119,8 @@ def run(main: Callable[[Any], Any], description: str) -> None:
     args = build_parser(description).parse_args()
     try:
         main(get_config(args))
+        with suppress(RuntimeError):  # a process that has failed says why itself
+            distributed.barrier()
     except Stopped as stop:
         sys.exit(stop.exit_code)
     except USER_ERRORS as err:

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 main_moe.py --cfg … --data-path DATA --batch-size 
 torchrun --nproc_per_node 8 main_moe.py --eval --cfg … --resume FILE.pth --data-path DATA
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class ExpertLoss(supervised.SupervisedLoss):
 
 
 class RouterStatistics:
-    """What the routers of ``model`` did in each epoch of training, over all steps and processes."""
+    """What the routers of ``model`` did in training since the last report, over all processes."""
 
     def __init__(self, model: nn.Module):
         self.sums: dict[str, Statistics] = {}
@@ -63,13 +64,34 @@ class RouterStatistics:
         self.sums.clear()
 
 
+def make_after_epoch(config: Any, model: nn.Module) -> Callable[[engine.Run], None]:
+    statistics = RouterStatistics(model) if config.TRAIN.MOE.STATISTICS else None
+
+    def after_epoch(run: engine.Run) -> None:
+        if statistics is not None:
+            statistics(run)
+        if config.TRAIN.MOE.CHECKPOINT == "official" and run.progress.epoch == config.TRAIN.EPOCHS:
+            save_final(run)
+
+    return after_epoch
+
+
+def save_final(run: engine.Run) -> None:
+    """The weights as the official script leaves them: ``ckpt_epoch_final.pth.rankR`` of experts, one ``.master``."""
+    parts = (run.model, run.max_accuracy, run.optimizer, run.scheduler, run.scaler, run.session.logger)
+    utils_moe.save_checkpoint(run.config, "final", *parts, zero_redundancy=True)
+
+
 def main(config: Any) -> float:
     """Do what ``config`` says. Returns the best top-1 accuracy in percent, or images per second for THROUGHPUT_MODE."""
     with launch.session(config, files=utils_moe) as session:
         if config.MODEL.TYPE != "swin_moe":
             raise ValueError(f"MODEL.TYPE={config.MODEL.TYPE!r}: main_moe.py trains swin_moe; main.py takes the others")
-        watch = RouterStatistics if config.TRAIN.MOE.STATISTICS else None
-        return supervised.run(session, supervised.Task(loss=ExpertLoss, after_epoch=watch))
+        if config.TRAIN.MOE.STATISTICS and config.MODEL.SWIN_MOE.BACKEND == "tutel":
+            raise ValueError(
+                "TRAIN.MOE.STATISTICS=True: Tutel's layers tell none; choose MODEL.SWIN_MOE.BACKEND native"
+            )
+        return supervised.run(session, supervised.Task(loss=ExpertLoss, after_epoch=partial(make_after_epoch, config)))
 
 
 if __name__ == "__main__":

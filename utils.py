@@ -300,7 +300,7 @@ def save_best(
 def best_accuracy(config: Any) -> float:
     """That of ``OUTPUT/ckpt_best.pth``, which an earlier run may have written; -1 where there is none."""
     path = Path(config.OUTPUT) / "ckpt_best.pth"
-    return read_checkpoint(path)["max_accuracy"] if path.exists() else -1.0
+    return read_checkpoint(path, mmap=True)["max_accuracy"] if path.exists() else -1.0
 
 
 def write_atomically(state: dict[str, Any], path: Path) -> None:
@@ -374,13 +374,17 @@ def download(url: str) -> Path:
         digest = named[1]
     folder = hashlib.sha256(address.encode()).hexdigest()[:12]  # other addresses may end in the same name
     file = Path(torch.hub.get_dir()) / "checkpoints" / folder / address.rsplit("/", 1)[-1]
+    error = None
     if distributed.local_rank() == 0 and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(file), progress=False)
         except OSError as err:
-            raise ValueError(f"{address}: cannot be downloaded: {err}") from err
-    distributed.barrier()
+            error = err
+    distributed.barrier()  # also after a failure, or the others would wait
+    if not file.exists():
+        reason = "the first process of this machine says why" if error is None else error
+        raise ValueError(f"{address}: cannot be downloaded: {reason}") from error
     if digest and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(digest):
         raise ValueError(f"{file}: its sha256 does not begin with {digest}; delete it and download {address} again")
     return file

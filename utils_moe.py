@@ -19,11 +19,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,6 @@ __all__ = [
 
 SUFFIXED = re.compile(r"(.+\.pth)\.(?:rank(\d+)|master|global|[0-9a-f]{8}\.experts\d+of\d+)")
 EVERY_PROCESS_SAVES = True  # its experts
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def resume(
         return saved
 
     parts = (optimizer, lr_scheduler, loss_scaler, logger)
-    saved = together(lambda: utils.resume(config, model, *parts, read=read))
+    saved = distributed.together(lambda: utils.resume(config, model, *parts, read=read))
     if training and saved.get("frozen_experts"):
         freeze_experts(model, optimizer, saved["frozen_experts"])
     return saved
@@ -133,7 +132,7 @@ def load_pretrained(config: Any, model: nn.Module, logger: logging.Logger, optim
     Raises ``OSError`` where only another process could not read it.
     """
     read = partial(_read_for, model, with_optimizer=False)
-    saved = together(lambda: utils.start_from(config, model, logger, read))
+    saved = distributed.together(lambda: utils.start_from(config, model, logger, read))
     if saved.get("frozen_experts") and not config.EVAL_MODE:
         if optimizer is None:
             raise ValueError(
@@ -314,26 +313,6 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def together(action: Callable[[], T]) -> T:
-    """``action()`` of this process, once every process has done its own; all fail where one does, none waits.
-
-    Raises what ``action`` raised, or ``OSError`` naming the process and cause where only others failed.
-    """
-    result = error = None
-    try:
-        result = action()
-    except Exception as err:
-        error = err
-    causes = distributed.gather_objects(error and f"{type(error).__name__}: {error}")
-    failed = {rank: cause for rank, cause in enumerate(causes) if cause}
-    failed = distributed.broadcast_object(failed)
-    if error is not None:
-        raise error
-    if failed:
-        raise OSError("; ".join(f"process {rank}: {cause}" for rank, cause in failed.items()))
-    return result
-
-
 def save_checkpoint(
     config: Any,
     epoch: int | str,
@@ -365,8 +344,7 @@ def save_checkpoint(
     path = utils.checkpoint_path(config, epoch, step)
     parts = (max_accuracy, optimizer, lr_scheduler, loss_scaler)
     content = utils.training_state(config, epoch, model, *parts, step, **extra)
-    if frozen := getattr(model, "frozen_experts", None):
-        content["frozen_experts"] = frozen
+    content |= _frozen(model)
     if zero_redundancy:
         content = {key: content[key] for key in ("model", "frozen_experts") if key in content}
     writer = _Writer(path, place_of(model), content, group_names(model, optimizer))
@@ -378,7 +356,7 @@ def save_checkpoint(
     else:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         kept = writer.ranks(trained if zero_redundancy else None)
-    together(lambda: _remove_replaced(path, kept) if distributed.is_main() else None)
+    distributed.together(lambda: _remove_replaced(path, kept) if distributed.is_main() else None)
     logger.info(f"{path} saved !!!")
     return path
 
@@ -389,10 +367,17 @@ def save_best(
     """As `utils.save_best`, in our form. Every process must call it."""
     path = Path(config.OUTPUT) / "ckpt_best.pth"
     content = {"model": model.state_dict(), "max_accuracy": accuracy, "epoch": epoch, "config": to_dict(config)}
-    kept = _Writer(path, place_of(model), {**content, "classes": classes}, []).native()
-    together(lambda: _remove_replaced(path, kept) if distributed.is_main() else None)
+    content |= {"classes": classes, **_frozen(model)}
+    kept = _Writer(path, place_of(model), content, []).native()
+    distributed.together(lambda: _remove_replaced(path, kept) if distributed.is_main() else None)
     logger.info(f"{path} saved: {accuracy:.2f}% after epoch {epoch}")
     return path
+
+
+def _frozen(model: nn.Module) -> dict[str, list[int]]:
+    """What a checkpoint must say of `freeze_experts`."""
+    frozen = getattr(model, "frozen_experts", None)
+    return {"frozen_experts": frozen} if frozen else {}
 
 
 class _Writer:
@@ -428,7 +413,7 @@ class _Writer:
     def whole(self) -> set[str]:
         contents = distributed.gather_objects(_on_cpu(self._by_name()) if self.place.writes else None)
         contents = [content for content in contents if content is not None]
-        whole = together(lambda: self._gathered(contents) if contents else None)
+        whole = distributed.together(lambda: self._gathered(contents) if contents else None)
         return self._write({f"{self.path.name}.global": whole} if whole else {}).keys()
 
     def _gathered(self, contents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -475,8 +460,8 @@ class _Writer:
                 os.replace(path, self.path.with_name(name))
 
         try:
-            sizes = together(write)
-            together(show)
+            sizes = distributed.together(write)
+            distributed.together(show)
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ def _make_groups(size: int, world: int, timeout: timedelta) -> ExpertGroups:
     ep_group = _new_group(blocks, timeout) if size > 1 else None
     dp_group = _new_group(columns, timeout) if size < world else None
     control = ep_group
-    if ep_group is not None and dist.get_backend(ep_group) != "gloo":
+    if ep_group is not None and dist.get_backend(ep_group) not in ("gloo", "fake"):
         control = _new_group(blocks, timeout, "gloo")
     return ExpertGroups(ep_group, dp_group, control, size, dist.get_rank() % size, world // size)
 

@@ -68,6 +68,11 @@ def tutel_layer(
     if cosine_router:
         gate |= {"proj_dim": cosine_router_dim, "init_t": cosine_router_init_t}
     processes = as_groups(group)
+    if processes.size == 1 and processes.copies > 1:  # no group stands for all processes there
+        raise ValueError(
+            "MODEL.SWIN_MOE.EXPERT_PARALLEL=1 with MODEL.SWIN_MOE.BACKEND='tutel': Tutel would share experts over all "
+            "processes; choose 0, or native"
+        )
     drop = nn.Dropout(moe_drop)
     layer = moe.moe_layer(
         gate_type=gate,

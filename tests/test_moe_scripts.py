@@ -17,6 +17,9 @@ MODEL = [key.replace("SWIN.", "SWIN_MOE.") if isinstance(key, str) else key for 
 MODEL += ["MODEL.TYPE", "swin_moe", "MODEL.SWIN_MOE.MOE_BLOCKS", [[1], [1]], "MODEL.SWIN_MOE.NUM_EXPERTS", 4]
 
 
+COPIES = ["MODEL.SWIN_MOE.EXPERT_PARALLEL", 1]  # every process holds all experts
+
+
 def run_of(data: Path, *opts) -> list[str]:
     return small_run(data, *MODEL, *opts)
 
@@ -48,7 +51,7 @@ def test_train_on_two_processes_evaluate_on_one_and_three(image_folder, tmp_path
     [
         (signal.SIGTERM, 5, 1, ["TRAIN.ACCUMULATION_STEPS", 2]),
         (signal.SIGKILL, 6, 2, ["DATA.BATCH_SIZE", 2, "TRAIN.MOE.CHECKPOINT", "official"]),
-        (signal.SIGKILL, 6, 2, ["DATA.BATCH_SIZE", 2, "TRAIN.USE_CHECKPOINT", True]),
+        (signal.SIGKILL, 6, 2, [*("DATA.BATCH_SIZE", 2, "TRAIN.USE_CHECKPOINT", True), *COPIES]),
     ],
 )
 def test_a_stopped_run_resumes_to_the_same_weights(
@@ -66,6 +69,11 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     if not torchrun:
         assert_same_state(*(root / "small/default/ckpt_epoch_1.pth" for root in (whole, parts)))
         return
+    if "official" in opts:
+        final = [root / "small/default/ckpt_epoch_final.pth" for root in (whole, parts)]
+        assert (final[0].with_name("ckpt_epoch_final.pth.master")).exists()
+        first, second = (utils_moe.read_process(path)["model"] for path in final)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
     one, two = (utils_moe.read_process(root / "small/default/ckpt_epoch_1.pth") for root in (whole, parts))
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
     for name, entry in one["optimizer"]["state"].items():
@@ -88,6 +96,21 @@ def test_errors_name_the_key_in_one_line(image_folder, run_script, opts, torchru
     lines = [line for line in result.stderr.splitlines() if line.startswith("main_moe.py: error: ")]
     assert result.returncode == 1 and lines, result.stderr
     assert all(re.search(message, line) for line in lines)
+
+
+def test_what_fails_on_the_main_process_ends_all_with_one_line(image_folder, tmp_path, run_script):
+    saved = tmp_path / "output/small/default"
+    saved.mkdir(parents=True)
+    (saved / "ckpt_epoch_0.pth").write_bytes(b"PK half of it")
+    address = "https://127.0.0.1:1/none.pth"
+    for flags, message in (
+        (["--eval", "--resume", address], f"{address}: cannot be downloaded"),
+        ([], "none of its 1 checkpoint(s) loads"),
+    ):
+        arguments = [*run_of(image_folder), *flags]
+        result = run_script("main_moe.py", *arguments, torchrun=2, check=False, env={"TORCH_HOME": str(tmp_path)})
+        lines = [line for line in result.stderr.splitlines() if line.startswith("main_moe.py: error: ")]
+        assert len(lines) == 2 and all(message in line for line in lines), result.stderr
 
 
 def test_a_gradient_that_another_process_cannot_use_is_skipped_here_too():

@@ -73,6 +73,8 @@ def gather(source: str, target: Path) -> None:
 
 def split(source: str, target: Path, processes: int) -> None:
     """Write ``target.rank0``, …: for each process its weights and, where ``source`` has it, its optimizer's state."""
+    if processes < 1:
+        raise ValueError(f"--processes {processes}: at least 1")
     check_free(target)
     whole = read_process(source)
     save = secrets.token_hex(4)
@@ -110,6 +112,7 @@ def make_experts(
     config.MODEL.SWIN_MOE.NUM_EXPERTS = experts
     if "head.weight" in dense:
         config.MODEL.NUM_CLASSES = len(dense["head.weight"])
+    warn_of_other_logits(config.MODEL.SWIN_MOE)
     torch.manual_seed(seed)
     expected = build_model(config).state_dict()
     generator = torch.Generator().manual_seed(seed)
@@ -121,6 +124,20 @@ def make_experts(
     if freeze:
         content["frozen_experts"] = list(range(freeze))
     report(source, target, content, write_all([(target, content)], target, content))
+
+
+def warn_of_other_logits(section: Any) -> None:
+    """Say which settings keep the new model from starting with the dense model's logits."""
+    if section.TOP_VALUE == 1 or not section.NORMALIZE_GATE:
+        logger.warning(
+            f"MODEL.SWIN_MOE.TOP_VALUE={section.TOP_VALUE} NORMALIZE_GATE={section.NORMALIZE_GATE}: gates scale what "
+            "experts give, so logits are not the dense model's; with NORMALIZE_GATE True and TOP_VALUE 2 they are"
+        )
+    if section.CAPACITY_FACTOR > 0 and section.PATH == "capacity":
+        logger.warning(
+            f"MODEL.SWIN_MOE.CAPACITY_FACTOR={section.CAPACITY_FACTOR}: tokens that find no place pass by, which "
+            "changes logits too; with CAPACITY_FACTOR 0 or PATH dropless none do"
+        )
 
 
 def check_free(target: Path) -> None:
