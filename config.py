@@ -119,7 +119,9 @@ _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.CLIP_GRAD = 5.0  # largest gradient norm; 0 or None does not clip
 _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 1
-_C.TRAIN.USE_CHECKPOINT = False
+_C.TRAIN.USE_CHECKPOINT = False  # keep blocks' inputs alone, and compute each block again for its gradients
+_C.TRAIN.RECOMPUTE_ACTIVATIONS = False  # compute GELU again only: a fifth less memory in nearly the same time
+_C.TRAIN.EMA_DECAY = 0.0  # of a moving average of the weights, such as 0.9999; 0: none
 _C.TRAIN.SHARDING = "ddp"  # or fsdp2: all but experts is sliced over processes; see docs/scaling.md
 _C.TRAIN.CPU_OFFLOAD = False  # with fsdp2: slices, their gradients and optimizer state stay on the CPU
 _C.TRAIN.TIME_LIMIT = 0.0  # minutes of training, after which it saves and ends, with exit code 0; 0: none
@@ -160,6 +162,7 @@ _C.TEST = CfgNode()
 _C.TEST.CROP = True
 _C.TEST.SEQUENTIAL = False
 _C.TEST.SHUFFLE = False
+_C.TEST.EMA = False  # --eval: of a checkpoint's weights, those that TRAIN.EMA_DECAY averaged
 
 _C.ENABLE_AMP = False  # True (--enable-amp) turns AMP_ENABLE on
 _C.AMP_ENABLE = True
@@ -175,6 +178,10 @@ _C.SEED = 0
 _C.DETERMINISTIC = False
 _C.EVAL_MODE = False
 _C.THROUGHPUT_MODE = False
+# torch.compile's mode: default, max-autotune-no-cudagraphs, or, to evaluate and time with CUDA graphs, reduce-overhead,
+# max-autotune; nothing is compiled if empty.
+_C.COMPILE = ""
+_C.COMPILE_BACKEND = "inductor"  # or, to look for errors, eager, aot_eager
 _C.LOCAL_RANK = 0
 _C.DIST_TIMEOUT = 30.0  # minutes that a process waits for the others before it ends in error
 _C.FUSED_WINDOW_PROCESS = False
@@ -197,6 +204,7 @@ FLAG_KEYS = {
     "tag": "TAG",
     "eval": "EVAL_MODE",
     "throughput": "THROUGHPUT_MODE",
+    "compile": "COMPILE",
     "enable_amp": "ENABLE_AMP",
     "fused_window_process": "FUSED_WINDOW_PROCESS",
     "fused_layernorm": "FUSED_LAYERNORM",
@@ -221,6 +229,8 @@ CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "fp32"),
     "AMP_OPT_LEVEL": ("", "O0", "O1", "O2"),
+    "COMPILE": ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "COMPILE_BACKEND": ("inductor", "aot_eager", "eager"),
 }
 
 # DATA.DATASET: classes of a model whose data is not at hand, as under --throughput. Others have MODEL.NUM_CLASSES.
@@ -251,6 +261,7 @@ RANGES = {
     "TRAIN.CLIP_GRAD": (0, None),
     "TRAIN.MAX_NONFINITE_STEPS": (1, None),
     "TRAIN.TIME_LIMIT": (0, None),
+    "TRAIN.EMA_DECAY": (0, 1),
     "DATA.SHUFFLE_BUFFER": (0, None),
     "DIST_TIMEOUT": (0.01, None),
     "AUG.HFLIP": (0, 1),

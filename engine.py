@@ -29,7 +29,10 @@ from torch.utils.tensorboard import SummaryWriter
 import distributed
 import sharding
 import utils
+from checkpoint import strict_state
+from compilation import as_compiled, compile_in_place
 from config import to_dict
+from ema import MovingAverage
 from launch import Session, Stopped, TimeIsUp
 from logger import ProgressBar
 from lr_scheduler import build_scheduler
@@ -42,6 +45,7 @@ from models.expert_parallel import (
     parameter_counts,
     sync_expert_gradients,
 )
+from models.recomputation import recompute_activations
 from optimizer import build_optimizer
 
 # Newer releases of PyTorch have another name for it. Our buffers never change.
@@ -80,6 +84,7 @@ class Run:
     classes: list[str] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     max_accuracy: float = 0.0
+    average: MovingAverage | None = None  # of the weights, for TRAIN.EMA_DECAY, from `fit` or `restore` on
     writer: SummaryWriter | None = None
     stop_signal: int = 0
     deadline: float = math.inf  # of TRAIN.TIME_LIMIT, on the monotonic clock
@@ -142,6 +147,10 @@ def prepare(
     model.to(session.device)
     _shard_if_asked(session, model)
     optimizer = make_optimizer(config, model)
+    if config.TRAIN.RECOMPUTE_ACTIVATIONS:
+        recompute_activations(model)
+    compile_model(session, model, training=True)
+    check_average(config, model)
     updates = math.ceil(len(loader_train) / config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, updates)
     scaler = utils.NativeScalerWithGradNormCount(session.device.type, enabled=session.amp_dtype == torch.float16)
@@ -153,7 +162,7 @@ def prepare(
 
 def _shard_if_asked(session: Session, model: nn.Module) -> None:
     train, logger, world_size = session.config.TRAIN, session.logger, distributed.world_size()
-    sharding.check_settings(train, model)
+    sharding.check_settings(session.config, model)
     if train.SHARDING == "ddp":
         return
     if world_size == 1:
@@ -184,6 +193,22 @@ def describe(session: Session, model: nn.Module) -> None:
         logger.info(f"number of params whole: {whole}")
     if hasattr(model, "flops"):
         logger.info(f"number of GFLOPs: {model.flops() / 1e9}")
+
+
+def compile_model(session: Session, model: nn.Module, training: bool = False) -> None:
+    """As ``COMPILE`` says; ``model`` is on the session's device."""
+    mode, backend = session.config.COMPILE, session.config.COMPILE_BACKEND
+    if mode:
+        session.logger.info(compile_in_place(model, session.device, mode, backend, training))
+
+
+def check_average(config: Any, model: nn.Module) -> None:
+    """Raise ``ValueError`` where weights shall be averaged whose checkpoints have no place for it."""
+    if config.TRAIN.EMA_DECAY and any(module.expert_groups.size > 1 for _, module in expert_modules(model)):
+        raise ValueError(
+            f"TRAIN.EMA_DECAY={config.TRAIN.EMA_DECAY}: experts that several processes share cannot be averaged; set 0 "
+            "or MODEL.SWIN_MOE.EXPERT_PARALLEL 1"
+        )
 
 
 def find_checkpoint(session: Session) -> str:
@@ -225,6 +250,7 @@ def restore(run: Run, path: str) -> None:
     saved = _resume(run.session, path, run.model, run.optimizer, run.scheduler, run.scaler)
     check_classes(saved, run.classes, path)
     run.max_accuracy = saved.get("max_accuracy", 0.0)
+    _restore_average(run, saved.get("model_ema"), path)
     per_epoch = run.progress.updates_per_epoch
     if "progress" in saved:
         run.progress = progress = Progress(**saved["progress"])
@@ -243,6 +269,19 @@ def restore(run: Run, path: str) -> None:
             f"{path} holds the generators of {len(states)} process(es), not of "
             f"{distributed.world_size()}: random draws start anew"
         )
+
+
+def _restore_average(run: Run, state: dict[str, Tensor] | None, path: str) -> None:
+    decay, logger = run.config.TRAIN.EMA_DECAY, run.session.logger
+    if decay and state is not None:
+        try:
+            run.average = MovingAverage(run.model, decay, strict_state(state, run.model.state_dict()))
+        except ValueError as err:
+            raise ValueError(f"{path}: model_ema: {err}") from err
+    elif decay:
+        logger.warning(f"{path} holds no averaged weights: the average of TRAIN.EMA_DECAY begins at its weights")
+    elif state is not None:
+        logger.warning(f"{path} holds averaged weights, which end here: TRAIN.EMA_DECAY is 0")
 
 
 def check_classes(saved: dict[str, Any], classes: list[str] | None, path: str) -> None:
@@ -271,6 +310,8 @@ def fit(run: Run, compute_loss: ComputeLoss) -> float:
         run.writer = SummaryWriter(config.OUTPUT, purge_step=run.progress.updates + 1)
     if config.SAVE_BEST:
         run.best_saved = distributed.on_main(lambda: utils.best_accuracy(config))
+    if config.TRAIN.EMA_DECAY and run.average is None:
+        run.average = MovingAverage(run.model, config.TRAIN.EMA_DECAY)
     logger.info("Start training")
     began = time.time()
     if config.TRAIN.TIME_LIMIT:
@@ -292,16 +333,12 @@ def _finish_epoch(run: Run) -> None:
     config, progress = run.config, run.progress
     epoch = progress.epoch
     if run.loader_val is not None:
-        acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
-        run.max_accuracy = max(run.max_accuracy, acc1)
-        if config.SAVE_BEST and acc1 > run.best_saved:
-            run.best_saved = acc1
-            if _this_process_saves(run.session):
-                run.session.files.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
-            elif run.shards is not None:
-                run.model.state_dict()  # takes part in gathering what the main process writes
+        _validate_epoch(run, "val/")
+        if run.average is not None:
+            run.session.logger.info(f"the average of the weights, TRAIN.EMA_DECAY {config.TRAIN.EMA_DECAY}:")
+            with run.average.in_place():
+                _validate_epoch(run, "val/ema_")
         run.session.logger.info(f"Max accuracy: {run.max_accuracy:.2f}%")
-        write_scalars(run, {"val/loss": loss, "val/accuracy": acc1, "val/accuracy_top5": acc5})
     progress.epoch, progress.samples = epoch + 1, 0
     stop = distributed.any_rank(run.should_stop(), run.session.device)
     if stop or epoch % config.SAVE_FREQ == 0 or epoch == config.TRAIN.EPOCHS - 1:
@@ -310,6 +347,20 @@ def _finish_epoch(run: Run) -> None:
         run.after_epoch(run)
     if stop and progress.epoch < config.TRAIN.EPOCHS:
         raise run.stopped()
+
+
+def _validate_epoch(run: Run, prefix: str) -> None:
+    """Validate the weights that the model has now. The best count, averaged or not."""
+    config, epoch = run.config, run.progress.epoch
+    acc1, acc5, loss = validate(run.session, run.model, run.loader_val)
+    run.max_accuracy = max(run.max_accuracy, acc1)
+    if config.SAVE_BEST and acc1 > run.best_saved:
+        run.best_saved = acc1
+        if _this_process_saves(run.session):
+            run.session.files.save_best(config, epoch, run.model, acc1, run.classes, run.session.logger)
+        elif run.shards is not None:
+            run.model.state_dict()  # takes part in gathering what the main process writes
+    write_scalars(run, {f"{prefix}loss": loss, f"{prefix}accuracy": acc1, f"{prefix}accuracy_top5": acc5})
 
 
 def _this_process_saves(session: Session) -> bool:
@@ -336,6 +387,7 @@ def save(run: Run) -> None:
             progress=asdict(progress),
             rng=generators,
             classes=run.classes,
+            **({} if run.average is None else {"model_ema": run.average.state_dict()}),
         )
     elif run.shards is not None:  # takes part in gathering what the main process writes
         run.model.state_dict()
@@ -393,6 +445,8 @@ def train_one_epoch(run: Run, compute_loss: ComputeLoss) -> None:
             )
         meters.add(loss, norm, values)
         if updates_now:
+            if run.average is not None:
+                run.average.update(norm)
             run.optimizer.zero_grad()
             run.scheduler.step_update(progress.updates)
             progress.updates += 1
@@ -447,7 +501,7 @@ def validate(session: Session, model: nn.Module, loader: DataLoader) -> tuple[fl
     printed = sums.clone()
     for step, batch in enumerate(_together(loader, model, device)):
         images, targets = _to_device(batch, device)
-        with session.autocast():
+        with session.autocast(), as_compiled(len(images), config.COMPILE and config.DATA.BATCH_SIZE):
             logits = model(images)
         if isinstance(logits, tuple):  # Swin-MoE also gives its auxiliary loss
             logits, _ = logits
@@ -515,6 +569,7 @@ def throughput(session: Session, model: nn.Module, runs: int = 30) -> float:
     config, logger, device = session.config, session.logger, session.device
     batch = config.DATA.BATCH_SIZE
     model.to(device).eval()
+    compile_model(session, model)
     images = torch.randn(batch, model.patch_embed.in_chans, *model.patch_embed.img_size, device=device)
 
     def passes(count: int) -> float:

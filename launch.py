@@ -104,6 +104,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--tag", help="name of this experiment")
     add("--eval", action="store_const", const=True, help="evaluate and stop")
     add("--throughput", action="store_const", const=True, help="time the model alone and stop")
+    add(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=CHOICES["COMPILE"][1:],
+        metavar="MODE",
+        help="compile the model; a MODE of torch.compile, such as reduce-overhead, which evaluates with CUDA graphs",
+    )
     add("--local_rank", "--local-rank", type=int, help="set by old launchers; LOCAL_RANK wins")
     for name, text in (
         ("window_process", "cut and merge windows by the extension in kernels/window_process, if it is installed"),

@@ -33,14 +33,18 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def check_settings(train: Any, model: nn.Module) -> None:
-    """Raise ``ValueError`` where the section ``TRAIN`` of a configuration contradicts itself or the model."""
+def check_settings(config: Any, model: nn.Module) -> None:
+    """Raise ``ValueError`` where a configuration's sharding contradicts its other keys or the model."""
+    train = config.TRAIN
     if train.SHARDING == "ddp":
         if train.CPU_OFFLOAD:
             raise ValueError("TRAIN.CPU_OFFLOAD=True moves slices of parameters: it needs TRAIN.SHARDING fsdp2")
         return
     if isinstance(model, SimMIM):
         raise ValueError("TRAIN.SHARDING='fsdp2' is not for pre-training by SimMIM; use ddp")
+    for key, value in (("TRAIN.EMA_DECAY", train.EMA_DECAY), ("COMPILE", config.COMPILE)):
+        if value:
+            raise ValueError(f"TRAIN.SHARDING='fsdp2' with {key}={value!r}: not together in this version; use ddp")
     name = train.OPTIMIZER.NAME.lower()
     if name == "fused_lamb":  # its steps depend on norms of whole parameters
         others = sorted(set(OPTIMIZERS) - {name})

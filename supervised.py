@@ -95,7 +95,8 @@ def evaluate(session: Session, task: Task) -> float:
         session.files.load_pretrained(config, model, session.logger)
     else:
         engine.load_weights(session, model, dataset_val.classes)
-    return engine.validate(session, model.to(session.device), loader_val)[0]
+    engine.compile_model(session, model.to(session.device))
+    return engine.validate(session, model, loader_val)[0]
 
 
 def time_model(session: Session) -> float:

