@@ -34,7 +34,8 @@ def create_logger(output_dir: str, dist_rank: int = 0, name: str = "") -> loggin
         console.setLevel(logging.INFO)
         console.setFormatter(logging.Formatter(coloured + ": %(levelname)s %(message)s", DATE_FORMAT))
         logger.addHandler(console)
-    file = logging.FileHandler(Path(output_dir) / f"log_rank{dist_rank}.txt", mode="a")
+    path = Path(output_dir) / f"log_rank{dist_rank}.txt"
+    file = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")  # names may be any bytes
     file.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
     logger.addHandler(file)
     for module in map(logging.getLogger, MODULES):

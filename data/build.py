@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
@@ -25,7 +26,7 @@ from .policies import Augmentation
 from .raw import RawSource
 from .samplers import EvalSampler, PartSampler, TrainSampler
 from .shards import ShardSampler, ShardSet, StreamImages
-from .sources import FolderSource, ImageTree, Source, class_names
+from .sources import UNKNOWN, FolderSource, ImageTree, Source, class_names
 from .tiny_imagenet import TinyImageNetSource
 from .transforms import build_transform
 from .workers import LeaveSignalsToMain
@@ -52,6 +53,8 @@ def build_loader(config: Any) -> tuple:
         )
     train = None if config.EVAL_MODE else open_split(config, "train")
     known = training_classes(config) if train is None else known_of(train)
+    if isinstance(train, Source) and train.classes is None and config.MODEL.NUM_CLASSES_FROM_DATA:
+        check_largest_label(train, skips(config))
     val = open_split(config, "val", known.names, known.count)
     settle_classes(config, val, known)
     loader_train = None if train is None else train_loader(train, config, build_decoding(config, True))
@@ -198,6 +201,24 @@ def settle_classes(config: Any, val: Stored, known: Known) -> None:
         )
 
 
+def check_largest_label(train: Source, skip: bool) -> None:
+    """Raise ``ValueError``, or with ``skip`` warn, where more than half of the classes have no sample.
+
+    Where the largest label alone says how many classes there are, one wrong label makes a head of any size.
+    """
+    last = int(train.labels.argmax())
+    count, used = int(train.labels[last]) + 1, len(np.unique(train.labels[train.labels != UNKNOWN]))
+    if 2 * used >= count:
+        return
+    problem = (
+        f"{train.name(last)}: its label {count - 1} makes {count} classes, of which {used} have samples; correct it, "
+        "or give MODEL.NUM_CLASSES"
+    )
+    if not skip:
+        raise ValueError(problem)
+    logger.warning(problem)
+
+
 def class_count(samples: Stored) -> int | None:
     """How many classes there are, by their names or their largest label; None for a stream that does not say."""
     if samples.classes is not None:
@@ -288,8 +309,9 @@ def train_loader(
 ) -> DeviceLoader:
     """Shuffled batches of ``DATA.BATCH_SIZE``, all full. ``make_batch`` makes a batch of samples, as `images.stack`.
 
-    Raises ``ValueError`` where samples do not fill one batch.
+    Raises ``ValueError`` where samples do not fill one batch, or are not as many as those of other processes.
     """
+    _check_count(samples, config, "training")
     rank, world_size, seed = distributed.rank(), distributed.world_size(), config.SEED
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, seed, buffer=config.DATA.SHUFFLE_BUFFER)
@@ -305,7 +327,21 @@ def train_loader(
     return _loader(samples, sampler, config, True, decoding, make_batch)
 
 
+def _check_count(samples: Stored, config: Any, kind: str) -> None:
+    """Every process must call it, and each raises ``ValueError`` where two have other numbers of samples: they would
+    shuffle differently, and wait for each other at the end of the epoch.
+    """
+    count, counts = len(samples), distributed.broadcast_object(distributed.gather_objects(len(samples)))
+    for process, other in enumerate(counts):
+        if other != count:
+            where = samples.urls[0] if isinstance(samples, ShardSet) else config.DATA.DATA_PATH
+            raise ValueError(
+                f"{where}: {count} {kind} images here, but {other} for process {process}; copy the data again"
+            )
+
+
 def _eval_loader(samples: Stored, config: Any) -> DeviceLoader:
+    _check_count(samples, config, "evaluation")
     rank, world_size, test = distributed.rank(), distributed.world_size(), config.TEST
     if isinstance(samples, ShardSet):
         sampler = ShardSampler(samples, rank, world_size, train=False)

@@ -26,7 +26,7 @@ from .device import DeviceLoader
 from .fast import crop_ratio, resize
 from .images import stack
 from .shards import ShardSet
-from .transforms import Cover, Normalised
+from .transforms import Cover, Normalised, not_too_long, shape_alone
 
 SCALE = (0.67, 1.0)  # shares of the area that random crops have
 logger = logging.getLogger(__name__)
@@ -109,7 +109,9 @@ class SimMIMTransform:
         self.mask_generator = build_mask_generator(config)
 
     def __call__(self, img: Image.Image) -> tuple[Tensor, np.ndarray]:
-        return self.transform_img(as_pil(img).convert("RGB")), self.mask_generator()
+        image = as_pil(img)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        return self.transform_img(image), self.mask_generator()
 
 
 class FastSimMIMTransform(SimMIMTransform):
@@ -118,8 +120,7 @@ class FastSimMIMTransform(SimMIMTransform):
     def __call__(self, img: np.ndarray | Image.Image) -> tuple[Tensor, np.ndarray]:
         """img: pixels (h, w, 3), uint8, or a PIL image in RGB. Gives (3, height, width), uint8, and the mask."""
         pixels = np.asarray(img)
-        shape = torch.empty(1).expand(3, *pixels.shape[:2])  # `get_params` takes an image, but asks for its size alone
-        top, left, height, width = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
+        top, left, height, width = self.crop.get_params(shape_alone(pixels), self.crop.scale, self.crop.ratio)
         part = pixels[top : top + height, left : left + width]
         # Either copies the crop alone.
         part = cv2.flip(part, 1) if torch.rand(1) < self.flip.p else part.copy()
@@ -153,6 +154,7 @@ def steady_transform(config: Any) -> Callable[[Image.Image], Tensor]:
     size = to_2tuple(config.DATA.IMG_SIZE)
     return transforms.Compose(
         [
+            not_too_long,
             Cover(size, InterpolationMode.BILINEAR),
             transforms.CenterCrop(size),
             Normalised(),
@@ -179,7 +181,11 @@ def reconstruction_samples(config: Any, count: int) -> tuple[Tensor, Tensor]:
 
     def load(number: int) -> Tensor:
         name, data = fetch(samples, number)
-        return transform(decode_pil(data, name))
+        image = decode_pil(data, name)
+        try:
+            return transform(image)
+        except ValueError as err:
+            raise ValueError(f"{name}: {err}") from err
 
     images = load_usable(load, spread(samples, count), len(samples), config.DATA.ON_ERROR == "skip")
     generator = np.random.RandomState(0)  # its own, so that more images leave the masks of the first ones as they are

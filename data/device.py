@@ -1,5 +1,6 @@
 """Batches on the device: copied ahead of their use, and finished there (data/augment.py)."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -9,13 +10,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import Finish, Plan
 from .images import Skips
 
-Batch = tuple[Tensor, ...]  # images, labels, and what the device needs for the fast pipeline
+Batch = tuple[Tensor | Plan, ...]  # images, whatever tensors come along, and the fast pipeline's plan for the device
+logger = logging.getLogger(__name__)
 
 
 class DeviceLoader:
-    """A loader's batches as (images, targets) on a device; images (B, 3, H, W), float32, normalised.
+    """A loader's batches as (images, labels) on a device; images (B, 3, H, W), float32, normalised.
 
-    Masks, or whatever tensors come along, are handed on in their order.
+    SimMIM's are (images, masks, labels): whatever tensors come along are handed on in their order.
 
     uint8 batches of the fast pipeline (`data.fast.collate`) are augmented, normalised and erased there; batches of the
     official pipeline, which are finished already, are copied. On CUDA, the next batch is copied and finished on a
@@ -23,12 +25,13 @@ class DeviceLoader:
 
     Args:
         erase_mode: ``pixel``, ``rand`` or ``const``, as `data.augment.erase`.
-        fill: give the batch before it, or else the one after it, again in the place of a batch of which everything was
+        fill: give the next usable batch, or else the last one, again in the place of a batch of which everything was
             skipped, so that every rank has as many batches; else leave it out. What takes its place is the same for
-            any number of workers.
+            any number of workers, and for a resumed run, which has not seen the batches before.
 
     Raises:
-        ValueError: with ``fill``, naming the first sample that was skipped, where no batch of an epoch can be used.
+        ValueError: with ``fill``, naming the first sample that was skipped, where no batch that is left of an epoch
+            can be used.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device | str, erase_mode: str = "pixel", fill: bool = False):
@@ -64,27 +67,38 @@ class DeviceLoader:
 
     def _batches(self) -> Iterator[Batch]:
         """The loader's batches, empty ones filled or left out, without the notes on what was skipped."""
-        batches = map(self._noted, self.loader)
-        return self._filled(batches) if self.fill else (batch for batch in batches if batch[0] is not None)
+        return self._filled() if self.fill else (batch for batch, _ in self._noted() if batch is not None)
 
-    def _noted(self, batch: tuple) -> tuple:
-        for part in batch:
-            if isinstance(part, Skips):
-                self.skipped += part.reasons
-        return tuple(part for part in batch if not isinstance(part, Skips))
+    def _noted(self) -> Iterator[tuple[Batch | None, list[str]]]:
+        """Batches, None where all of one was skipped, each with the reasons for what was skipped of it."""
+        for batch in self.loader:
+            reasons = [reason for part in batch if isinstance(part, Skips) for reason in part.reasons]
+            self.skipped += reasons
+            usable = tuple(part for part in batch if not isinstance(part, Skips))
+            yield None if batch[0] is None else usable, reasons
 
-    def _filled(self, batches: Iterator[tuple]) -> Iterator[Batch]:
-        last, owed = None, 0
-        for batch in batches:
+    def _filled(self) -> Iterator[Batch]:
+        last, owed, why = None, 0, ""  # why: the first reason of those that wait for a batch
+        for batch, reasons in self._noted():
             owed += 1
-            last = last if batch[0] is None else batch
-            if last is not None:
-                for _ in range(owed):
-                    # A copy: on the CPU the user gets this very memory, and mixup changes it.
-                    yield (last[0].clone(), *last[1:]) if self.device.type == "cpu" else last
-                owed = 0
+            if batch is None:
+                why = why or reasons[0]
+                continue
+            last = batch
+            yield from self._repeated(last, owed, owed - 1, why)
+            owed, why = 0, ""
+        if owed and last is None:
+            raise ValueError(f"no usable image in the {owed} batch(es) left of this epoch; the first: {why}")
         if owed:
-            raise ValueError(f"no usable image in {owed} batch(es), all of this epoch; the first: {self.skipped[0]}")
+            yield from self._repeated(last, owed, owed, why)
+
+    def _repeated(self, batch: Batch, times: int, repeats: int, why: str) -> Iterator[Batch]:
+        """A batch ``times`` over, ``repeats`` of them in the place of others."""
+        if repeats:
+            logger.warning(f"another batch takes the place of {repeats} without a usable image; the first: {why}")
+        for _ in range(times):
+            # A copy: on the CPU the user gets this very memory, and mixup changes it.
+            yield tuple(map(_copied, batch)) if self.device.type == "cpu" else batch
 
     def _finished(self, batch: tuple) -> tuple[Tensor, ...]:
         plan = [part.to(self.device) for part in batch if isinstance(part, Plan)]
@@ -120,3 +134,7 @@ class DeviceLoader:
         for part in batch:
             part.record_stream(stream)
         return batch
+
+
+def _copied(part: Tensor | Plan) -> Tensor | Plan:
+    return part.clone() if isinstance(part, Tensor) else part

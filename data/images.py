@@ -66,7 +66,7 @@ class Samples(Dataset):
         except (OSError, ValueError) as err:
             if not self.skip:
                 raise
-            return Skipped(" ".join(str(err).split()))
+            return Skipped(_shown(err))
 
     def _transformed(self, image: Any, epoch: int | None, number: int) -> Any:
         if epoch is None:
@@ -97,6 +97,12 @@ class Images(Samples):
         epoch, number = item if isinstance(item, tuple) else (None, item)
         source = self.source
         return self.make(epoch, number, source.name(number), lambda: source.read(number), int(source.labels[number]))
+
+
+def _shown(err: Exception) -> str:
+    """Its message on one line that can be written anywhere: bytes of a file's name need not be UTF-8."""
+    line = " ".join(str(err).split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def stack(samples: Sequence[tuple[Any, int]]) -> tuple:

@@ -1,8 +1,10 @@
 """Which shards there are, how many samples each has, and of which classes: patterns, folders and ``index.json``."""
 
+import fnmatch
 import glob
 import json
 import logging
+import os
 import re
 import reprlib
 from collections.abc import Sequence
@@ -79,13 +81,26 @@ def _matches(pattern: str, skip: bool) -> list[str]:
     if "://" in pattern:
         raise ValueError(f"{pattern}: addresses are read by commands only; write for instance pipe:curl -sfL {pattern}")
     if glob.has_magic(pattern) and not Path(pattern).is_file():
-        found = sorted(glob.glob(pattern))
-        if not found:
-            raise FileNotFoundError(f"{pattern}: no shard matches")
-        return found
+        return _found(pattern, skip)
     if not skip and not Path(pattern).is_file():
         raise FileNotFoundError(f"{pattern}: no such shard")
     return [pattern]
+
+
+def _found(pattern: str, skip: bool) -> list[str]:
+    """What matches a glob, of the files and of the entries of an index beside them."""
+    found = set(glob.glob(pattern))
+    parent, name = os.path.split(pattern)
+    for folder in glob.glob(parent) if glob.has_magic(parent) else [parent]:
+        index = Path(folder, INDEX)
+        listed = fnmatch.filter(read_index(index, "tar").shards, name) if index.is_file() else []
+        missing = sorted({os.path.join(folder, shard) for shard in listed} - found)
+        if missing and not skip:
+            raise FileNotFoundError(f"{missing[0]}: {absent(index)}")
+        found.update(missing)
+    if not found:
+        raise FileNotFoundError(f"{pattern}: no shard matches")
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,9 @@ def _check_entry(path: Path, number: int, entry: Any) -> None:
         value = entry.get(key)
         if (value is not None or key == "samples") and (type(value) is not int or not 0 <= value < MOST):
             raise ValueError(f"{path}: shard {name!r} has {key!r}: {reprlib.repr(value)}; expected a whole number")
+    samples, size = entry["samples"], entry.get("bytes")
+    if size is not None and samples > size:  # arrays of that length would be made
+        raise ValueError(f"{path}: shard {name!r} has 'samples': {samples}, more than its {size} bytes can hold")
 
 
 def _classes_of(path: Path, content: dict[str, Any]) -> tuple[list[str] | None, int | None]:

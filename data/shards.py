@@ -89,9 +89,9 @@ class ShardSet:
     def read(self, shard: int, positions: Sequence[int] | None = None) -> Iterator[tuple[int, str, Data, int]]:
         """(position, name, data, label) of a shard's samples at ascending ``positions``; of all of them if None.
 
-        A sample that is wrong by itself (no image, no label, ...) comes with a ``ValueError`` for its data and -1 for
-        its label: the user of the item raises or skips it. Samples before a position are read and dropped: passing
-        over them by their headers takes hardly less time.
+        A sample that is wrong by itself (no image, no label, ...) comes with a ``ValueError`` for its data and
+        `UNKNOWN` for its label: the user of the item raises or skips it. Samples before a position are read and
+        dropped: passing over them by their headers takes hardly less time.
 
         Raises ``ValueError`` or ``OSError``, naming the shard, where the archive is damaged, the command fails, or the
         shard has fewer or more samples than `counts` says, as far as it is read. With ``skip`` all samples from there

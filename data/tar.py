@@ -16,6 +16,8 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .sources import UNKNOWN
+
 PIPE = "pipe:"
 IMAGE_SUFFIXES = frozenset(suffix[1:] for suffix in IMG_EXTENSIONS)
 SECONDS_TO_END = 5  # for a command that was told to end, before it is killed
@@ -113,7 +115,7 @@ def _end(pipe: Any) -> None:
 
 
 def unpack(sample: dict[str, Any], url: str, num_classes: int | None, labelled: bool = True) -> tuple[str, Data, int]:
-    """(name, data, label) of a sample; a ``ValueError`` and -1 where it is no labelled image.
+    """(name, data, label) of a sample; a ``ValueError`` and `UNKNOWN` where it is no labelled image.
 
     Args:
         labelled: whether it needs a label; if not, 0 stands for one that is missing.
@@ -122,19 +124,19 @@ def unpack(sample: dict[str, Any], url: str, num_classes: int | None, labelled: 
     images = sorted(IMAGE_SUFFIXES.intersection(sample))
     if len(images) != 1:
         members = ", ".join(printable(suffix) for suffix in sample if not suffix.startswith("__"))
-        return name, ValueError(f"{name}: {len(images)} images among its members ({members}); expected 1"), -1
+        return name, ValueError(f"{name}: {len(images)} images among its members ({members}); expected 1"), UNKNOWN
     name, data, text = f"{name}.{images[0]}", sample[images[0]], sample.get("cls")
     if text is None and not labelled:
         text = b"0"
     if text is None:
-        return name, ValueError(f"{name}: no label; expected a member .cls with the number of its class"), -1
+        return name, ValueError(f"{name}: no label; expected a member .cls with the number of its class"), UNKNOWN
     if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
-        return name, ValueError(f"{name}: its .cls is {text[:20]!r}; expected the number of its class"), -1
+        return name, ValueError(f"{name}: its .cls is {text[:20]!r}; expected the number of its class"), UNKNOWN
     label = int(text)
     if num_classes is not None and label >= num_classes:
-        return name, ValueError(f"{name}: label {label}, but there are {num_classes} classes, from 0"), -1
+        return name, ValueError(f"{name}: label {label}, but there are {num_classes} classes, from 0"), UNKNOWN
     if not data:
-        return name, ValueError(f"{name}: 0 bytes; pack the shard again without it"), -1
+        return name, ValueError(f"{name}: 0 bytes; pack the shard again without it"), UNKNOWN
     return name, data, label
 
 

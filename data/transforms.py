@@ -20,6 +20,8 @@ from torchvision.transforms import functional as F
 from .decoding import as_pil
 from .fast import PADDING, SMALL, crop_ratio
 
+MAX_ASPECT = 1000  # above it, an image that is resized to cover a square can take gigabytes
+
 # The official names; evaluation takes bilinear for any other.
 EVAL_INTERPOLATION = {
     "bicubic": InterpolationMode.BICUBIC,
@@ -74,10 +76,25 @@ def _eval_transform(config: Any) -> Callable:
             larger = tuple(int(256 / 224 * side) for side in size)
             square = size[0] == size[1]
             cover = transforms.Resize(larger[0], interpolation) if square else Cover(larger, interpolation)
-            steps += [cover, transforms.CenterCrop(size)]
+            steps += [not_too_long, cover, transforms.CenterCrop(size)]
         else:
             steps += [transforms.Resize(size, interpolation)]
     return transforms.Compose([*steps, Normalised()])
+
+
+def not_too_long(image: Image.Image) -> Image.Image:
+    """The image itself. Raises ``ValueError`` for one whose shorter side cannot be resized with the aspect kept."""
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"{image.width}x{image.height} pixels; one side is more than {MAX_ASPECT} times the other, "
+            "which is too much to resize; replace the file or delete it"
+        )
+    return image
+
+
+def shape_alone(pixels: np.ndarray) -> Tensor:
+    """An image of the size of ``pixels`` (H, W, 3) without memory: ``get_params`` takes one, but asks for no more."""
+    return torch.empty(3, *pixels.shape[:2], device="meta")
 
 
 class ResizedCrop(RandomResizedCropAndInterpolation):
@@ -86,9 +103,7 @@ class ResizedCrop(RandomResizedCropAndInterpolation):
     def __call__(self, image: np.ndarray | Image.Image) -> Image.Image:
         if not isinstance(image, np.ndarray):
             return super().__call__(image)
-        height, width, _ = image.shape
-        shape_alone = torch.empty(3, height, width, device="meta")
-        top, left, height, width = self.get_params(shape_alone, self.scale, self.ratio)
+        top, left, height, width = self.get_params(shape_alone(image), self.scale, self.ratio)
         several = isinstance(self.interpolation, tuple | list)
         interpolation = random.choice(self.interpolation) if several else self.interpolation
         return F.resize(Image.fromarray(image[top : top + height, left : left + width]), self.size, interpolation)
@@ -105,7 +120,9 @@ class Normalised:
         self.tables = ((levels / 255 - mean) / std).numpy()
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(3, H, W), float32, of an image in RGB."""
+        """(3, H, W), float32, of an image in RGB. Raises ``ValueError`` for one of another mode."""
+        if image.mode != "RGB":
+            raise ValueError(f"an image of mode {image.mode!r}, but this takes RGB alone; convert it before")
         result = np.empty((3, image.height, image.width), np.float32)
         for plane, table, part in zip(cv2.split(np.asarray(image)), self.tables, result, strict=True):
             cv2.LUT(plane, table, dst=part)

@@ -103,6 +103,12 @@ def test_normalising_is_torchvisions_bit_for_bit():
         assert Normalised()(image).is_contiguous()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_normalising_takes_rgb_alone(mode):
+    with pytest.raises(ValueError, match=f"an image of mode '{mode}', but this takes RGB alone"):
+        Normalised()(photo(16, 8).convert(mode))
+
+
 def test_loading_in_this_process_leaves_the_global_generators_alone(image_folder):
     """A batch seeds them for each sample, and puts them back, also after an error."""
 
@@ -283,6 +289,19 @@ def test_image_that_does_not_decode_is_named(image_folder):
     with pytest.raises(ValueError, match=r"cannot decode .*ant/0\.png: "):
         for index in range(len(dataset)):
             dataset[index]
+
+
+@pytest.mark.parametrize("pipeline", ["device", "official"])
+def test_images_too_long_to_be_resized_are_named_or_skipped(image_folder, pipeline):
+    long = image_folder / "val/bee/1.png"
+    Image.new("RGB", (2, 60000)).save(long)
+    opts = ["DATA.IMG_SIZE", 64, "DATA.PIPELINE", pipeline]
+    with pytest.raises(ValueError, match=r"val/bee/1\.png: 2x60000 pixels; one side is more than 1000 times the other"):
+        list(build_loader(config_for(image_folder, *opts))[3])
+    loader_val = build_loader(config_for(image_folder, *opts, "DATA.ON_ERROR", "skip"))[3]
+    assert sum(len(images) for images, _ in loader_val) == 10 and str(long) in loader_val.take_skipped()[0]
+    Image.new("RGB", (2, 2000)).save(long)
+    assert sum(len(images) for images, _ in build_loader(config_for(image_folder, *opts))[3]) == 11
 
 
 def test_too_few_images_for_a_batch(image_folder):

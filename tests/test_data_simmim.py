@@ -451,6 +451,15 @@ def test_watched_images_cover_the_size_and_are_cropped_in_the_middle(tmp_path):
         (tmp_path / "expected.bmp").unlink()
 
 
+def test_watched_images_too_long_to_be_resized_are_named_or_replaced(tmp_path):
+    write_images(tmp_path, ["train"], 2)
+    Image.new("RGB", (60000, 2)).save(tmp_path / "train/0.png")
+    with pytest.raises(ValueError, match=r"train/0\.png: 60000x2 pixels; one side is more than 1000 times the other"):
+        reconstruction_samples(config_for(tmp_path), 1)
+    images, _ = reconstruction_samples(config_for(tmp_path, "DATA.ON_ERROR", "skip"), 1)
+    assert torch.equal(images[0], plain(tmp_path / "train/1.png"))
+
+
 def test_unusable_watched_images_are_replaced_by_the_next(tmp_path):
     write_images(tmp_path, ["train"], 8)
     paths = sorted((tmp_path / "train").iterdir())

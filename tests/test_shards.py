@@ -552,6 +552,39 @@ def test_a_wrong_index_is_named(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", ["{0}/d/*.tar", "{0}/d*/[ab].tar", "{0}/./d/?.tar"])
+def test_shards_that_a_glob_does_not_find_are_those_of_the_index(tmp_path, pattern):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    plain_shard(folder / "a.tar", 5)
+    write_index(folder, {"a.tar": 5, "b.tar": 7})
+    pattern = pattern.format(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"/d/b.tar: no such shard, but .*/d/index.json lists it"):
+        ShardSet(pattern)
+    shards = ShardSet(pattern, skip=True)
+    assert [Path(url) for url in shards.urls] == [folder / "a.tar", folder / "b.tar"]
+    assert shards.counts.tolist() == [5, 7]
+    data = [data for _, data, _ in samples_of(shards)]
+    assert data[:5] == [b"%d" % i for i in range(5)] and all("b.tar: no such shard" in str(err) for err in data[5:])
+    assert ShardSet(f"{folder}/a*.tar").urls == [f"{folder}/a.tar"]  # the index lists others that do not match
+
+
+def test_more_samples_than_a_shard_can_hold_are_not_believed(folder, three, tmp_path):
+    entries = [{"name": f"{name}.tar", "samples": 6_000_000_000 * (name == "b"), "bytes": 20480} for name in "abc"]
+    (three / "index.json").write_text(json.dumps({"format": "tar", "shards": entries}))
+    message = r"index.json: shard 'b.tar' has 'samples': 6000000000, more than its 20480 bytes can hold"
+    with pytest.raises(ValueError, match=message):
+        ShardSet(three, skip=True)
+    make_shards.make_shards(folder, tmp_path / "raw", ["val"], Options(format="raw"))
+    index = tmp_path / "raw/val/index.json"
+    content = json.loads(index.read_text())
+    content["shards"][0]["samples"] = 6_000_000_000
+    index.write_text(json.dumps(content))
+    for skip in (False, True):
+        with pytest.raises(ValueError, match=r"shard 'shard-000000.raw' has 'samples': 6000000000, more than its "):
+            RawSource(index.parent, skip=skip)
+
+
 def test_other_shards_and_classes_than_the_indexs_are_named(three):
     index = write_index(three, {"a.tar": 5, "b.tar": 7, "c.tar": 6}, classes=["x", "y"])
     with pytest.raises(ValueError, match=r"index.json lists no shard of this name; its 3 shard\(s\) begin with a.tar"):

@@ -1,6 +1,7 @@
 """``DATA.ON_ERROR skip``: whatever is damaged, ranks keep in step, and a sample is itself or listed as skipped."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from test_sources import CENTRAL, CHANGES, damage, in_ranks, mutate
 
 import distributed
+import logger
 from data import build, zipped
 from data.build import build_loader
 from data.device import DeviceLoader
@@ -323,6 +325,22 @@ def test_labels_of_validation_that_training_does_not_have(forms, tmp_path):
     assert "val.txt, entry 2: the label 7 of 'flat/1.png' is out of range; labels go from 0 to 2" in seen.skipped[0]
 
 
+def test_one_label_far_above_the_others_is_named(forms, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("data"), "propagate", True)
+    root = tmp_path / "list"
+    shutil.copytree(forms / "folder/train/n01", root / "flat")
+    for split, labels in (("train", [0, 1, 2, 999999]), ("val", [2, 0])):
+        (root / LISTS[split]).write_text(json.dumps([[f"flat/{i}.png", label] for i, label in enumerate(labels)]))
+    opts = options("list", root)[:-2]
+    message = "flat/3.png: its label 999999 makes 1000000 classes, of which 4 have samples; correct it, or give MODEL."
+    with pytest.raises(ValueError, match=message):
+        build_loader(make_config(None, *opts))
+    build_loader(make_config(None, *opts, "DATA.ON_ERROR", "skip"))
+    assert caplog.text.count(message) == 1
+    build_loader(make_config(None, *opts, "MODEL.NUM_CLASSES", 1000000))
+    assert caplog.text.count(message) == 1
+
+
 def test_a_choice_of_classes_still_lists_what_has_none(forms, tmp_path):
     root = shutil.copytree(forms / "list", tmp_path / "list")
     rewrite(root / LISTS["train"], change_entry(20, lambda entry: entry[0]))
@@ -402,9 +420,12 @@ class Batches(torch.utils.data.Dataset):
         return Skipped(f"file {number}") if number in self.bad else (torch.full((3, 2, 2), float(number)), number)
 
 
-def device_loader(bad: set[int], workers: int = 0, fill: bool = True) -> DeviceLoader:
+def device_loader(bad: set[int], workers: int = 0, fill: bool = True, start: int = 0) -> DeviceLoader:
     loader = torch.utils.data.DataLoader(
-        Batches(bad), 3, num_workers=workers, collate_fn=lambda samples: collate(samples, fill)
+        *(Batches(bad), 3),
+        sampler=range(start, 12),
+        num_workers=workers,
+        collate_fn=lambda samples: collate(samples, fill),
     )
     return DeviceLoader(loader, "cpu", fill=fill)
 
@@ -415,7 +436,7 @@ def device_loader(bad: set[int], workers: int = 0, fill: bool = True) -> DeviceL
     [
         (range(3), [3, 3, 6, 9]),
         (range(6), [6, 6, 6, 9]),
-        (range(3, 9), [0, 0, 0, 9]),
+        (range(3, 9), [0, 9, 9, 9]),
         (range(9, 12), [0, 3, 6, 6]),
         ([*range(3), *range(9, 12)], [3, 3, 6, 6]),
     ],
@@ -427,15 +448,83 @@ def test_a_batch_without_an_image_is_another_one_again(bad, expected, workers):
         for images, labels in loader:
             assert len(labels) == 3 and torch.equal(images[:, 0, 0, 0], labels.float())
             first.append(int(labels[0]))
-            images.zero_()  # as mixup does, more or less
+            images.zero_(), labels.zero_()  # as mixup does, more or less
         assert first == expected and loader.take_skipped() == [f"file {number}" for number in bad]
     assert [int(labels[0]) for _, labels in device_loader(set(bad), workers, fill=False)] == sorted(set(expected))
 
 
-def test_an_epoch_without_any_image_is_an_error_that_names_one():
-    with pytest.raises(ValueError, match=r"no usable image in 4 batch\(es\), all of this epoch; the first: file 0"):
-        list(device_loader(set(range(12))))
+@pytest.mark.parametrize("bad", [range(3, 9), range(3, 6), range(9, 12)])
+def test_a_resumed_run_fills_as_the_uninterrupted_one(bad):
+    whole = [labels.tolist() for _, labels in device_loader(set(bad))]
+    for batch in range(4):
+        resumed = device_loader(set(bad), start=3 * batch)
+        if min(bad) == 9 and batch == 3:  # there is none before it in this run
+            with pytest.raises(ValueError, match=r"no usable image in the 1 batch\(es\) left of this epoch; .*file 9"):
+                list(resumed)
+        else:
+            assert [labels.tolist() for _, labels in resumed] == whole[batch:]
+
+
+def test_a_run_of_damaged_files_can_be_resumed_anywhere(forms, tmp_path):
+    root = shutil.copytree(forms / "folder", tmp_path / "folder")
+    _, _, train, _, _ = build_loader(make_config(None, *options("folder", root, "DATA.ON_ERROR", "skip")))
+    for _, number in list(train.sampler)[8:16]:
+        Path(train.dataset.source.name(number)).write_bytes(b"")
+    whole = watch(train)
+    assert whole.sizes == [4] * 6 and whole.images[8:12] == whole.images[12:16] == whole.images[16:20]
+    for start in range(4, TRAIN, 4):
+        train.sampler.set_epoch(0, start)
+        assert watch(train).images == whole.images[start:]
+
+
+def test_repeats_are_told_once_for_each_run_of_them(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("data"), "propagate", True)  # whatever log a test before has made
+    list(device_loader({*range(6), *range(9, 12)}))
+    assert [record.getMessage() for record in caplog.records] == [
+        "another batch takes the place of 2 without a usable image; the first: file 0",
+        "another batch takes the place of 1 without a usable image; the first: file 9",
+    ]
+
+
+def test_an_epoch_without_any_image_is_an_error_that_names_one_of_it():
+    loader = device_loader({4})
+    list(loader)
+    loader.dataset.bad = set(range(12))
+    with pytest.raises(ValueError, match=r"no usable image in the 4 batch\(es\) left of this epoch; the first: file 0"):
+        list(loader)
     assert list(device_loader(set(range(12)), fill=False)) == []
+
+
+# Names and machines
+
+
+def test_files_whose_names_are_not_utf8_are_listed(forms, tmp_path, monkeypatch):
+    root = shutil.copytree(forms / "folder", tmp_path / "folder")
+    (root / "val/n02" / os.fsdecode(b"\xff\n.png")).write_bytes(b"")
+    _, seen = load("folder", root, "DATA.ON_ERROR", "skip")
+    assert len(seen.skipped) == 1 and r"n02/\udcff .png: the file is empty" in seen.skipped[0]
+    monkeypatch.setattr(logger, "MODULES", ())
+    run = logger.create_logger(str(tmp_path), name="names")
+    run.info(os.fsdecode(b"a\xff"))
+    run.handlers[-1].close()
+    assert r"a\udcff" in (tmp_path / "log_rank0.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("split, kind", [("train", "training"), ("val", "evaluation")])
+def test_a_machine_with_other_files_is_named(forms, tmp_path, split, kind):
+    for rank in range(2):
+        shutil.copytree(forms / "folder", tmp_path / str(rank))
+    (tmp_path / "1" / split / "n02/0.png").unlink()
+
+    def work(rank: int) -> None:
+        load("folder", tmp_path / str(rank))
+
+    all_of_them = {"train": TRAIN, "val": VAL}[split]
+    for rank, caught in enumerate(in_ranks(2, work, tmp_path / "store")):
+        own, other = all_of_them - rank, all_of_them - 1 + rank
+        assert isinstance(caught, ValueError) and str(caught) == (
+            f"{tmp_path}/{rank}: {own} {kind} images here, but {other} for process {1 - rank}; copy the data again"
+        )
 
 
 # Fuzzing: an error at the start that names a file, or both ranks run to the end in step, and each sample is itself.
