@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import engine
+import evaluation
 from config import OFFICIAL_CLASSES
 from data import build_loader
 from launch import Session
@@ -42,13 +43,14 @@ class SupervisedLoss:
 
 @dataclass(frozen=True)
 class Task:
-    """What a script does its own way; the defaults are those of main.py."""
+    """What a script does its own way; the defaults are those of main.py.
+
+    ``after_epoch`` makes, for a model, what is called with the run after each epoch.
+    """
 
     build_optimizer: Callable[[Any, nn.Module], Optimizer] = build_optimizer
     loss: type[SupervisedLoss] = SupervisedLoss
-    after_epoch: Callable[[nn.Module], Callable[[engine.Run], None]] | None = (
-        None  # made for a model, called with a run
-    )
+    after_epoch: Callable[[nn.Module], Callable[[engine.Run], None]] | None = None
 
 
 def run(session: Session, task: Task | None = None) -> float:
@@ -82,7 +84,7 @@ def train(session: Session, task: Task) -> float:
     elif config.MODEL.PRETRAINED:
         session.files.load_pretrained(config, model, session.logger, run.optimizer)
     if checkpoint or config.MODEL.PRETRAINED:
-        engine.validate(session, model, loader_val)
+        evaluation.validate(session, model, loader_val)
     return engine.fit(run, task.loss(mixup, config.MODEL.LABEL_SMOOTHING))
 
 
@@ -96,7 +98,7 @@ def evaluate(session: Session, task: Task) -> float:
     else:
         engine.load_weights(session, model, dataset_val.classes)
     engine.compile_model(session, model.to(session.device))
-    return engine.validate(session, model, loader_val)[0]
+    return evaluation.validate(session, model, loader_val)[0]
 
 
 def time_model(session: Session) -> float:
@@ -107,4 +109,5 @@ def time_model(session: Session) -> float:
         config.freeze()
     model = build_model(config)
     engine.describe(session, model)
-    return engine.throughput(session, model)
+    engine.compile_model(session, model.to(session.device))
+    return evaluation.throughput(session, model)

@@ -11,6 +11,7 @@ from torch import nn
 
 import compilation
 import engine
+import evaluation
 import launch
 import supervised
 from config import get_config
@@ -158,10 +159,10 @@ def test_a_missing_compiler_is_one_line(image_folder, tmp_path, run_script):
 def test_evaluation_on_the_accelerator(image_folder, tmp_path, mode):
     with start(image_folder, tmp_path) as session:
         run, _ = prepared(session)
-        expected = engine.validate(session, run.model, run.loader_val)
+        expected = evaluation.validate(session, run.model, run.loader_val)
     with start(image_folder, tmp_path, "COMPILE", mode) as session:
         engine.compile_model(session, run.model)
         for _ in range(3):  # warm-up, recording, replay
-            found = engine.validate(session, run.model, run.loader_val)
+            found = evaluation.validate(session, run.model, run.loader_val)
             assert found == pytest.approx(expected, rel=1e-2, abs=1e-2)
-        engine.throughput(session, run.model, runs=3)
+        evaluation.throughput(session, run.model, runs=3)

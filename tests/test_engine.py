@@ -12,6 +12,7 @@ from conftest import SMALL, make_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
+import evaluation
 import launch
 from data import build_loader
 from models import build_model
@@ -234,7 +235,7 @@ def test_losses_are_timms():
 def test_validation_is_a_plain_mean_over_images(image_folder, tmp_path):
     with start(image_folder, tmp_path) as session:
         run, _ = prepared(session)
-        acc1, acc5, loss = engine.validate(session, run.model, run.loader_val)
+        acc1, acc5, loss = evaluation.validate(session, run.model, run.loader_val)
         dataset = run.loader_val.dataset
         images = torch.stack([dataset[i][0] for i in range(len(dataset))])
         targets = torch.tensor([dataset[i][1] for i in range(len(dataset))])
@@ -271,7 +272,7 @@ def test_training_on_the_accelerator(image_folder, tmp_path):
         assert session.device.type != "cpu" and session.amp_dtype != torch.float32
         run, mixup = prepared(session)
         engine.fit(run, SupervisedLoss(mixup, 0.1))
-        engine.throughput(session, run.model, runs=3)
+        evaluation.throughput(session, run.model, runs=3)
         assert run.optimizer.param_groups[0]["fused"]
         assert all(p.isfinite().all() and p.device.type == session.device.type for p in run.model.parameters())
 
@@ -459,4 +460,4 @@ def test_validation_without_any_usable_image_is_an_error(image_folder, tmp_path)
     with start(image_folder, tmp_path, "DATA.ON_ERROR", "skip") as session:
         run, _ = prepared(session)
         with pytest.raises(ValueError, match="none of the validation images can be used"):
-            engine.validate(session, run.model, run.loader_val)
+            evaluation.validate(session, run.model, run.loader_val)

@@ -18,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import distributed
 import engine
+import evaluation
 import launch
 import sharding
 import utils
@@ -103,7 +104,7 @@ def on_run(folder: str, opts: list, resume: str = "", loss=loss_of, look=None) -
         run.scaler = Recorder(run.scaler, norms)
         engine.train_one_epoch(run, loss)
         run.progress.epoch, run.progress.samples = run.progress.epoch + 1, 0
-        engine.validate(session, run.model, batches(2 - distributed.rank()))  # with other numbers of batches
+        evaluation.validate(session, run.model, batches(2 - distributed.rank()))  # with other numbers of batches
         engine.save(run)
         return [norm.item() for norm in norms if norm is not None] if look is None else look(run)
 
