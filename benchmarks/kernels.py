@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import distributed  # noqa: E402 - a script outside the root
-from benchmarks.throughput import DTYPES, describe_machine, measure  # noqa: E402
+from benchmarks.machine import describe_machine, machine_rates  # noqa: E402
+from benchmarks.throughput import DTYPES  # noqa: E402
+from benchmarks.timing import measure  # noqa: E402
 from kernels import window_process  # noqa: E402
 from models.attention import ATTEND, BACKENDS, takes_fused, window_attention  # noqa: E402
 from models.layers import window_mask, window_partition, window_reverse  # noqa: E402
@@ -133,16 +135,6 @@ def process_steps(shape: Shape, batch: int, dtype: torch.dtype, device: torch.de
         merge["window_process"] = partial(window_process.merge, windows, (side, side), window, shift)
     moved = 2 * x.numel() * dtype.itemsize
     return [Step("partition", moved, 0, cut), Step("merge", moved, 0, merge)]
-
-
-def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes a second of a large copy, read and written counted, and operations a second of a large product."""
-    numbers, side = (2**28, 8192) if device.type == "cuda" else (2**25, 1024)
-    source = torch.randn(numbers, device=device)
-    target, matrix = torch.empty_like(source), torch.randn(side, side, device=device, dtype=dtype)
-    seconds = measure({"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}, device, 7, 5)
-    copy, product = min(seconds["copy"]), min(seconds["product"])
-    return {"bytes_per_second": 2 * source.numel() * source.itemsize / copy, "flops": 2 * side**3 / product}
 
 
 def time_step(step: Step, shape: Shape, rates: dict, device: torch.device, rounds: int, repeats: int) -> list[dict]:

@@ -5,7 +5,9 @@ q, k, v in image order and gives the mixed values back in image order, so that a
 (``reference``, ``sdpa``; ``window_process`` in one go) or to address the map in place (``fused``).
 """
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import window_attention as fused
 from kernels import window_process
 
-from .layers import Linear, Pair, check_window, padded_resolution, relative_position_index
+from .layers import Pair, check_window, padded_resolution, relative_position_index
+from .linear import Linear, is_hooked, runs_plainly
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -64,6 +67,24 @@ def attend_sdpa(
     return x.view(shape)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T + bias) v of windows on a CPU: (nW, nH, N, d), in any memory order, to (nW, N, nH, d)."""
+    bias = bias.view(-1, *bias.shape[-3:]).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2)
+
+
+@lru_cache(maxsize=32)  # two for each stage and size of image
+def window_order(
+    resolution: tuple[int, int], window_size: tuple[int, int], shift_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """For each token of a map in the order of windows its place on the map, and the inverse; each (H * W), int64."""
+    H, W = resolution
+    with torch.inference_mode(False):
+        places = torch.arange(H * W, device="cpu").view(1, H, W, 1)
+        order = window_process.partition_reference(places, window_size, shift_size).flatten()
+        return order, order.argsort()
+
+
 def attend_either(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
 ) -> Tensor:
@@ -95,8 +116,14 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, needs_g
 
 def faster_on_windows(device: torch.device, dtype: torch.dtype, needs_grad: bool, grid: int) -> str:
     """``sdpa`` where it is fast and correct on windows that are cut, else ``reference``."""
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and needs_grad:
-        return "reference"  # SDPA's half-precision backward on CPU takes twice the time of plain products
+    if (
+        device.type == "cpu"
+        and dtype in (torch.bfloat16, torch.float16)
+        and (needs_grad or torch.compiler.is_compiling())
+    ):
+        # SDPA's half-precision backward on CPU takes twice the time of plain products, and its forward twice the time
+        # of those that a compiler fuses with bias, mask and softmax.
+        return "reference"
     if device.type == "cuda" and grid >= 65536:
         return "reference"  # the CUDA kernels' grids end there
     return "sdpa"
@@ -280,6 +307,8 @@ class AttentionBase(nn.Module):
             return self._forward_windows(x, mask)
         if mask is None:
             check_window(tuple(x.shape[1:3]), self.window_size)
+        if self._gathers(x):
+            return self._forward_gathered(x, mask, to_2tuple(shift_size))
         x = window_attention(
             self.packed_qkv(x),
             self.position_bias(),
@@ -293,6 +322,40 @@ class AttentionBase(nn.Module):
             backend=self.backend,
         )
         return self.proj_drop(self.proj(x))
+
+    def _gathers(self, x: Tensor) -> bool:
+        """Whether `_forward_gathered` serves maps: in inference on a CPU, where nobody watches the linear layers."""
+        return (
+            runs_plainly()
+            and x.device.type == "cpu"
+            and x.numel() > 0
+            and not torch.is_grad_enabled()
+            and self.backend in ("auto", "sdpa")
+            and self.dropout_p == 0.0
+            and padded_resolution(x.shape[1:3], self.window_size) == tuple(x.shape[1:3])
+            and not any(is_hooked(layer) for layer in (self.qkv, self.proj, self.proj_drop))
+        )
+
+    def _forward_gathered(self, x: Tensor, mask: Tensor | None, shift_size: tuple[int, int]) -> Tensor:
+        """`forward` of maps with a tenth of the copying: tokens go to their windows, and back, as whole rows.
+
+        Linear layers act on each token alone, so they take tokens in any order; SDPA reads q, k and v where they lie.
+        """
+        B, H, W, C = x.shape
+        order, back = window_order((H, W), self.window_size, shift_size)
+        N = math.prod(self.window_size)
+        x = x.reshape(B, H * W, C).index_select(1, order)
+        qkv = self.packed_qkv(x).view(B, -1, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.transpose(2, 4).unbind(3)  # each B, nW, nH, N, d
+        q, k = prepare(q, k, self.cosine_scale())
+        bias = self.position_bias()
+        if mask is None:
+            x = sdpa(*(each.flatten(0, 1) for each in (q, k, v)), bias, self.scale)
+        else:  # windows differ: one image at a time, so that no mask is copied for every image
+            bias = bias + mask.unsqueeze(1)  # nW, nH, N, N
+            x = torch.stack([sdpa(*image, bias, self.scale) for image in zip(q, k, v, strict=True)])
+        x = self.proj_drop(self.proj(x.view(B, H * W, C)))
+        return x.index_select(1, back).view(B, H, W, C)
 
     def _forward_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.backend == "fused":

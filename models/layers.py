@@ -4,58 +4,20 @@ Maps are channels last. Windows and shifts are one number for both sides, or a p
 """
 
 import math
-import platform
 from collections.abc import Callable
-from functools import lru_cache
 from numbers import Integral
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from .linear import Linear, linear_act
+from .linear import linear as linear  # SwinV2 takes it from here
+
 Pair = int | tuple[int, int]
 
 MASKED = -100.0  # not -inf: the released weights were trained with it, and SwinV2's logits reach it
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``; on AMD's CPUs its float32 product is oneDNN's, which takes half the time of the default there.
-
-    A 1x1 convolution of channels-last data is the same product, and PyTorch gives it to oneDNN, gradients included.
-    """
-    if not _takes_onednn(x):
-        return F.linear(x, weight, bias)
-    rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # 1, C, 1, rows; in memory rows, C
-    rows = F.conv2d(rows, weight[:, :, None, None], bias)
-    return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _takes_onednn(x: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()  # first: compilers know linear layers better, and must not see the rest
-        and not torch.jit.is_tracing()
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and cpu_is_amd()
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-@lru_cache
-def cpu_is_amd() -> bool:
-    path = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (path.read_text() if path.exists() else platform.processor())
 
 
 class Mlp(nn.Module):
@@ -78,7 +40,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(linear_act(x, self.fc1, self.act))))
 
 
 class PatchEmbed(nn.Module):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from models import layers
-from models.layers import Linear, PatchMerging, gather_neighbours, relative_position_index, shift_mask
+from models.layers import PatchMerging, gather_neighbours, relative_position_index, shift_mask
 from models.swin_transformer import window_partition, window_reverse
 
 
@@ -52,31 +51,3 @@ def test_neighbours_come_in_the_official_order():
 def test_odd_maps_cannot_be_merged():
     with pytest.raises(ValueError, match="3x4 map cannot be merged"):
         gather_neighbours(torch.zeros(1, 12, 1), (3, 4))
-
-
-@pytest.mark.parametrize("shape", [(5, 6), (2, 7, 6), (2, 3, 4, 6), (0, 6)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_by_onednn_is_linear(monkeypatch, shape, bias):
-    """Values and gradients, on data that is contiguous and that is not."""
-    torch.manual_seed(0)
-    layer, x = Linear(6, 4, bias=bias), torch.randn(*shape, requires_grad=True)
-    results = []
-    for amd in (True, False):
-        monkeypatch.setattr(layers, "cpu_is_amd", lambda amd=amd: amd)
-        for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
-            y = layer(data)
-            gradients = torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])
-            results.append([y.detach(), *gradients])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert a.is_contiguous() == b.is_contiguous() or a.ndim > 1
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-def test_linear_leaves_other_precisions_to_pytorch(monkeypatch):
-    monkeypatch.setattr(layers, "cpu_is_amd", lambda: True)
-    monkeypatch.setattr(layers.F, "conv2d", None)
-    layer, x = Linear(6, 4), torch.randn(2, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert layer.double()(x.double()).dtype == torch.float64
