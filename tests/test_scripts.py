@@ -194,7 +194,7 @@ class Counting(engine.DistributedDataParallel):
         self.register_comm_hook(dist.group.WORLD, counted)
 engine.DistributedDataParallel = Counting
 launch.run(main.main, "")
-print("REDUCTIONS", count)
+sys.stdout.write(f"REDUCTIONS {{count}}\\n")  # in one go: print would mix with that of the other process
 """
 
 
