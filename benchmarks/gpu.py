@@ -63,7 +63,7 @@ STEPS = (
 )
 # The same, in small; argparse takes the last of two values.
 QUICK = {
-    "tests": ("tests/test_layers.py",),
+    "tests": ("tests/test_fast.py",),
     "kernels": ("--shapes", "3", "--batch-size", "1", "--rounds", "2", "--repeats", "1", "--dtype", "fp32"),
     "eager Swin-T": ("--batch-size", "1", "--rounds", "2", "--repeats", "1", "--candidates", "ours, auto", "timm"),
     "profile": ("--batch-size", "1"),
