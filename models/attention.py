@@ -139,7 +139,7 @@ def takes_fused(
     dropout_p: float,
 ) -> bool:
     """Whether the fused kernels attend. ``ValueError`` where they are asked to by name but cannot."""
-    if name != "fused" and not (name == "auto" and fused.KNOWN_FASTER):
+    if name != "fused" and not (name == "auto" and auto_fuses(qkv)):
         return False
     resolution = tuple(qkv.shape[1:3])
     padded = padded_resolution(resolution, window) != resolution
@@ -154,6 +154,15 @@ def takes_fused(
     if problem and name == "fused":
         raise ValueError(f"MODEL.ATTENTION_BACKEND='fused': {problem}; choose auto")
     return not problem
+
+
+def auto_fuses(qkv: Tensor) -> bool:
+    """Whether ``auto`` prefers the fused kernels there: on CPUs where they are built, but not for exported models."""
+    if qkv.device.type != "cpu":
+        return fused.KNOWN_FASTER
+    if torch.compiler.is_compiling():
+        return fused.serves_cpu(qkv.dtype) and not torch.compiler.is_exporting()
+    return fused.serves_cpu(qkv.dtype) and type(qkv) is Tensor and runs_plainly()
 
 
 def grid_size(q: Tensor, mask: Tensor | None) -> int:
@@ -330,7 +339,7 @@ class AttentionBase(nn.Module):
             and x.device.type == "cpu"
             and x.numel() > 0
             and not torch.is_grad_enabled()
-            and self.backend in ("auto", "sdpa")
+            and (self.backend == "sdpa" or (self.backend == "auto" and not fused.serves_cpu(x.dtype)))
             and self.dropout_p == 0.0
             and padded_resolution(x.shape[1:3], self.window_size) == tuple(x.shape[1:3])
             and not any(is_hooked(layer) for layer in (self.qkv, self.proj, self.proj_drop))

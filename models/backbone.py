@@ -6,7 +6,7 @@ is the one that the module was built for, or given by ``set_input_size``.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from timm.layers import trunc_normal_
@@ -26,10 +26,21 @@ from .layers import (
     merged_resolution,
 )
 from .linear import is_hooked, runs_plainly
+from .precision import in_native_precision
 
 # Bytes of an MLP's hidden values for which its images go through a stage together on a CPU. Found by trying 1.5 to
 # 20 MiB: all of a block stays in the cache then, and the allocator hands out warm pages again.
 CACHED = 10 * 2**20
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Have glibc reuse what layers free, rather than give it back and fetch it anew, zeroed page by page.
+
+    Freeing a mapped block tells it to keep twice as much from then on (mallopt(3), "dynamic mmap threshold"); of blocks
+    of 32 MiB and more it takes no notice. Other allocators do as they did.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 class Stage(nn.Module):
@@ -104,6 +115,7 @@ class Stage(nn.Module):
             return (x,)
         if self.training or torch.is_grad_enabled() or any(is_hooked(module) for module in self.modules()):
             return (x,)
+        keep_freed_memory()
         hidden = 4 * x[:1].numel() * x.element_size()  # bytes within an MLP, the widest of a block
         return x.split(max(1, CACHED // max(1, hidden)))
 
@@ -285,6 +297,7 @@ class Backbone(Features, nn.Module):
         """Pooled features (B, num_features) to logits (B, num_classes)."""
         return x if pre_logits else self.head(x)
 
+    @in_native_precision
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.out_indices:
             return self.forward_maps(x)

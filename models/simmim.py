@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .arguments import model_arguments
+from .precision import in_native_precision
 from .swin_transformer import SwinTransformer
 from .swin_transformer_v2 import SwinTransformerV2
 
@@ -80,6 +81,7 @@ class SimMIM(nn.Module):
         self.in_chans = in_chans
         self.patch_size = patch_size
 
+    @in_native_precision
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """The mean absolute error on hidden pixels, of images (B, C, height, width) and a mask (B, H, W)."""
         prediction, hidden = self.decoder(self.encoder(x, mask)), self.hidden_pixels(mask)
@@ -95,6 +97,7 @@ class SimMIM(nn.Module):
         return mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2).unsqueeze(1)
 
     @torch.no_grad()
+    @in_native_precision
     def reconstruct(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each image (B,), and the predicted images (B, C, height, width), normalised as ``x`` is."""
         prediction, hidden = self.decoder(self.encoder(x, mask)).to(x.dtype), self.hidden_pixels(mask)

@@ -18,6 +18,7 @@ from .blocks import AttentionBlock, Resolution
 from .expert_parallel import ExpertGroups, exclude_from_ddp, expert_groups
 from .layers import Mlp, Pair, PatchEmbed, PatchMerging, window_partition, window_reverse
 from .moe import MoELayer, Projection, local_experts
+from .precision import in_native_precision
 from .swin_transformer_v2 import ContinuousBias, check_window_sizes
 from .tutel_backend import tutel_layer
 
@@ -431,6 +432,7 @@ class SwinTransformerMoE(Backbone):
                 module(weight.new_zeros(0, 1, module.in_features))
         return weight.new_zeros(0, self.num_features), weight.new_zeros((), dtype=torch.float32)
 
+    @in_native_precision
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | list[Tensor]:
         """Images (B, in_chans, height, width) to logits (B, num_classes) and the weighted auxiliary loss.
 

@@ -14,7 +14,7 @@ needs_pointwise = pytest.mark.skipif(not has_pointwise(), reason="this PyTorch h
 @pytest.fixture
 def amd(monkeypatch):
     """Any processor taken for one of AMD's."""
-    monkeypatch.setattr(module, "cpu_is_amd", lambda: True)
+    monkeypatch.setattr(module, "prefers_onednn", lambda: True)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_linear_by_onednn_is_linear(monkeypatch, shape, bias):
     layer, x = Linear(6, 4, bias=bias), torch.randn(*shape, requires_grad=True)
     results = []
     for amd in (True, False):
-        monkeypatch.setattr(module, "cpu_is_amd", lambda amd=amd: amd)
+        monkeypatch.setattr(module, "prefers_onednn", lambda amd=amd: amd)
         for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
             y = layer(data)
             gradients = torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])

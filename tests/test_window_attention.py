@@ -421,7 +421,7 @@ def test_auto_takes_the_kernels_where_they_are_faster_and_can(monkeypatch):
         ({"window": (1, 25), "qkv": torch.empty(1, 4, 25, 24)}, "windows of 1x25 are larger than 24x24"),
         ({"shift": (2, 0), "mask": torch.zeros(4, 4, 4)}, "a shift of 2x0 is not within the window"),
         ({"qkv": torch.empty(1, 4, 4, 3 * 136)}, "heads of 136 channels are wider than 128"),
-        ({}, "it needs a CUDA device, not cpu"),
+        ({"qkv": torch.empty(1, 4, 4, 24, device="meta")}, "it needs a CUDA device, not meta"),
     ],
 )
 def test_asked_for_by_name_it_says_why_it_cannot(change, reason):

@@ -5,15 +5,13 @@ arithmetic of the CUDA kernels is a header that the CPU's loop shares, and that 
 """
 
 import ctypes
-import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import extensions
 import pytest
 import torch
 from conftest import ROOT, make_config
@@ -31,7 +29,6 @@ SOURCE = ROOT / "kernels" / "window_process"
 HEADER = SOURCE / "csrc" / "layout.h"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-COMPILER = os.environ.get("CXX", "c++")
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 
 # B, map, window, shift, parts, heads, channels of a head
@@ -46,39 +43,10 @@ SHAPES = [
 ]
 
 
-def environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MAX_JOBS": "2", **variables}
-
-
-def build(folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Build the extension, as a package in ``folder / "lib"``; the sources' folder stays as it is."""
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", folder, "--build-lib", folder / "lib"]
-    egg = ["egg_info", "--egg-base", folder]
-    folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.run(
-        [*command, *egg], cwd=SOURCE, capture_output=True, text=True, timeout=300, env=environment(**variables)
-    )
-
-
-def digest(*more: str) -> str:
-    files = sorted([*SOURCE.glob("csrc/*"), *SOURCE.glob("src/*/*.py"), SOURCE / "setup.py"])
-    text = b"".join(path.read_bytes() for path in files) + "".join([torch.__version__, *more]).encode()
-    return hashlib.sha256(text).hexdigest()[:12]
-
-
 @pytest.fixture(scope="session")
 def built(request):
     """The package ``swin_window_process``, for this machine's devices."""
-    if importlib.util.find_spec("swin_window_process") is None:
-        if shutil.which(COMPILER) is None:
-            pytest.skip("no C++ compiler")
-        cuda = "auto" if torch.cuda.is_available() else "0"
-        folder = Path(request.config.cache.mkdir("window_process")) / digest(cuda)
-        if not list(folder.glob("lib/*/_C.*")):
-            result = build(folder, SWIN_WINDOW_PROCESS_CUDA=cuda)
-            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-        sys.path.insert(0, str(folder / "lib"))
-    return importlib.import_module("swin_window_process")
+    return extensions.load(request, SOURCE, SWIN_WINDOW_PROCESS_CUDA="auto" if torch.cuda.is_available() else "0")
 
 
 @pytest.fixture
@@ -415,13 +383,24 @@ int64_t unit(int64_t from, int64_t to, int64_t bytes) {
 
 @pytest.fixture(scope="module")
 def arithmetic(tmp_path_factory):
-    if shutil.which(COMPILER) is None:
+    if shutil.which(extensions.COMPILER) is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("layout")
     (folder / "harness.cpp").write_text(HARNESS)
     library = folder / "harness.so"
     subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-I", HEADER.parent, folder / "harness.cpp", "-o", library],
+        [
+            extensions.COMPILER,
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-I",
+            HEADER.parent,
+            folder / "harness.cpp",
+            "-o",
+            library,
+        ],
         check=True,
     )
     functions = ctypes.CDLL(str(library))
@@ -519,13 +498,13 @@ def test_the_kernels_compile_without_warnings(tmp_path):
     shutil.which("nvcc") is None or torch.version.cuda is None, reason="no nvcc or PyTorch without CUDA"
 )
 def test_both_parts_are_built_where_nvcc_is(tmp_path):
-    result = build(tmp_path, SWIN_WINDOW_PROCESS_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    result = extensions.build(SOURCE, tmp_path, SWIN_WINDOW_PROCESS_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     assert result.returncode == 0 and "for the CPU and CUDA" in result.stderr, result.stderr
     assert len(list(tmp_path.glob("lib/*/_C*.so"))) == 2
 
 
 def test_a_build_without_what_it_needs_says_so_in_a_line(tmp_path):
-    result = build(tmp_path, SWIN_WINDOW_PROCESS_CUDA="1", CUDA_HOME=str(tmp_path))
+    result = extensions.build(SOURCE, tmp_path, SWIN_WINDOW_PROCESS_CUDA="1", CUDA_HOME=str(tmp_path))
     assert result.returncode == 1
     assert "error: SWIN_WINDOW_PROCESS_CUDA=1, but" in result.stderr.splitlines()[-1]
 

@@ -1,21 +1,28 @@
-"""Fused window attention on maps in image order, forward and backward, in Triton.
+"""Fused window attention on maps in image order, forward and backward: in Triton, and in C++ for CPUs.
 
 B maps of H x W tokens, windows of N tokens, nH heads of D channels, C = nH * D. Shift, partition, padding, bias, mask,
 softmax and their inverses happen within the kernels, by addressing: no copy of the map and no scores reach memory.
-`geometry` says what is possible, `operator` is what PyTorch sees, `launch` starts `triton_kernels`, and `reference`
-says what they compute.
+`geometry` says what is possible, `operator` is what PyTorch sees, `launch` starts `triton_kernels`, `cpu` calls the
+extension built from ``csrc/``, and `reference` says what they compute.
 """
 
+import torch
 from torch import Tensor
 
-from .geometry import unsupported
+from . import cpu
+from .geometry import INTERPRETED, unsupported
 from .operator import forward
 
-__all__ = ["KNOWN_FASTER", "attend", "unsupported"]
+__all__ = ["KNOWN_FASTER", "attend", "serves_cpu", "unsupported"]
 
 # Whether a GPU has shown these kernels to be faster than PyTorch's, so that ``auto`` may take them. Not measured on a
 # GPU yet: benchmarks/kernels.py tells.
 KNOWN_FASTER = False
+
+
+def serves_cpu(dtype: torch.dtype) -> bool:
+    """Whether the extension for CPUs takes maps of this type; there it is faster than PyTorch's operations."""
+    return not INTERPRETED and not cpu.unsupported(dtype)
 
 
 def attend(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import cpu
+
 LARGEST_WINDOW, LARGEST_HEAD = 24, 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,11 +104,13 @@ def unsupported(
         return f"a shift of {shift[0]}x{shift[1]} is not within the window"
     if channels // num_heads > LARGEST_HEAD:
         return f"heads of {channels // num_heads} channels are wider than {LARGEST_HEAD}"
+    if device.type == "cpu" and not INTERPRETED:
+        return cpu.unsupported(dtype)
     return unsupported_device(device)
 
 
 def unsupported_device(device: torch.device) -> str:
-    """Why the kernels cannot run there; empty where they can."""
+    """Why Triton's kernels cannot run there; empty where they can."""
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu" and INTERPRETED:

@@ -1,6 +1,7 @@
 """Fused window attention as PyTorch operators: `swin::window_attention` and its backward pass.
 
-torch.compile and torch.export take them as they are. Triton is imported when one runs.
+torch.compile and torch.export take them as they are. On CUDA they are Triton kernels (`launch`), on a CPU the
+extension's (`cpu`), or Triton's in its interpreter. Triton is imported when it runs.
 """
 
 import math
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, is_whole
+from . import cpu
+from .geometry import INTERPRETED, Geometry, is_whole
 
 
 def _geometry(qkv: Tensor, num_heads: int, window: list[int], shift: list[int], masked: bool, cosine: bool) -> Geometry:
@@ -38,7 +40,13 @@ def forward(
     masked: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, C), and what the backward pass needs of the sums of exponentials, (windows, nH, N)."""
+    """The output (B, H, W, C), and what the backward pass needs of the sums of exponentials, (windows, nH, N).
+
+    On a CPU it needs nothing: (0,).
+    """
+    if _by_extension(qkv):
+        out = cpu.forward(qkv.contiguous(), bias, logit_scale, num_heads, window, shift, masked, scale)
+        return out, qkv.new_empty(0, dtype=torch.float32)
     from . import launch
 
     geometry = _geometry(qkv, num_heads, window, shift, masked, logit_scale is not None)
@@ -49,7 +57,8 @@ def forward(
 def _(qkv, bias, logit_scale, num_heads, window, shift, masked, scale):
     B, H, W, C3 = qkv.shape
     windows = B * -(-H // window[0]) * -(-W // window[1])
-    lse = qkv.new_empty(windows, num_heads, math.prod(window), dtype=torch.float32)
+    shape = (0,) if _by_extension(qkv) else (windows, num_heads, math.prod(window))
+    lse = qkv.new_empty(shape, dtype=torch.float32)
     return qkv.new_empty(B, H, W, C3 // 3), lse
 
 
@@ -68,11 +77,16 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkv, bias and logit_scale, the last of no elements where there is none."""
-    from . import launch
+    grad, qkv = grad.contiguous(), qkv.contiguous()
+    if _by_extension(qkv):
+        arguments = (num_heads, window, shift, masked, scale)
+        grad_qkv, grad_bias, grad_scale = cpu.backward(grad, qkv, bias, logit_scale, *arguments)
+    else:
+        from . import launch
 
-    geometry = _geometry(qkv, num_heads, window, shift, masked, logit_scale is not None)
-    tensors = (grad.contiguous(), qkv.contiguous(), bias.contiguous(), _flat(logit_scale), out, lse)
-    grad_qkv, grad_bias, grad_scale = launch.backward(*tensors, geometry, scale)
+        geometry = _geometry(qkv, num_heads, window, shift, masked, logit_scale is not None)
+        tensors = (grad, qkv, bias.contiguous(), _flat(logit_scale), out, lse)
+        grad_qkv, grad_bias, grad_scale = launch.backward(*tensors, geometry, scale)
     if logit_scale is None:
         return grad_qkv, grad_bias.to(bias.dtype), grad_scale.new_empty(0)
     return grad_qkv, grad_bias.to(bias.dtype), grad_scale.to(logit_scale.dtype).view(logit_scale.shape)
@@ -84,6 +98,10 @@ def _(grad, qkv, bias, logit_scale, out, lse, num_heads, window, shift, masked, 
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), grad_scale
 
 
+def _by_extension(qkv: Tensor) -> bool:
+    return qkv.device.type == "cpu" and not INTERPRETED
+
+
 def _flat(logit_scale: Tensor | None) -> Tensor | None:
     return None if logit_scale is None else logit_scale.reshape(-1).contiguous()
 
@@ -93,7 +111,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     out, lse = output
     num_heads, window = ctx.arguments[:2]
     whole = is_whole(window, qkv.shape[3] // (3 * num_heads))
-    ctx.save_for_backward(qkv, bias, logit_scale, None if whole else out, lse)
+    ctx.save_for_backward(qkv, bias, logit_scale, None if whole or _by_extension(qkv) else out, lse)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 

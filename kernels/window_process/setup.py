@@ -9,16 +9,14 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import setuptools
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, library_paths
+from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension, library_paths
 
-OLDEST = "0x020b000000000000"  # PyTorch 2.11; with its stable interface one binary serves later releases too
-COMPILE = ["-O3", f"-DTORCH_TARGET_VERSION={OLDEST}"]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from building import COMPILE, WHEEL, Build, check_setuptools
 
 
 def why_no_cuda() -> str:
@@ -60,29 +58,11 @@ def wants_cuda() -> bool:
     return not reason
 
 
-def check_setuptools() -> None:
-    """Releases before 70.1 need the package wheel, which virtual environments do not have; pip's error hides that."""
-    old = tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1)
-    if old and find_spec("wheel") is None:
-        sys.exit(
-            f"swin_window_process: error: setuptools {setuptools.__version__} cannot build wheels; "
-            "pip install 'setuptools>=70.1'"
-        )
-
-
-class Build(BuildExtension):
-    """Ends with one line that says what to do, below the compiler's own."""
-
-    def build_extensions(self) -> None:
-        try:
-            super().build_extensions()
-        except Exception as err:
-            cuda = any(extension.name.endswith("_cuda") for extension in self.extensions)
-            advice = "; SWIN_WINDOW_PROCESS_CUDA=0 builds the CPU part alone" if cuda else ""
-            reason = str(err).splitlines()[0] if str(err) else type(err).__name__
-            raise SystemExit(
-                f"swin_window_process: error: {reason}; the compiler's messages are above{advice}"
-            ) from err
+class BuildBoth(Build):
+    @property
+    def advice(self) -> str:
+        cuda = any(extension.name.endswith("_cuda") for extension in self.extensions)
+        return "; SWIN_WINDOW_PROCESS_CUDA=0 builds the CPU part alone" if cuda else ""
 
 
 def extensions() -> list:
@@ -103,7 +83,7 @@ def extensions() -> list:
     return [cpu, cuda]
 
 
-check_setuptools()
+check_setuptools("swin_window_process")
 setup(
     name="swin_window_process",
     version="1.0.0",
@@ -111,6 +91,6 @@ setup(
     package_dir={"": "src"},
     packages=["swin_window_process"],
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": BuildBoth},
+    options=WHEEL,
 )

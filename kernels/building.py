@@ -1,0 +1,34 @@
+"""What the extensions' ``setup.py`` share; each puts this folder on Python's path."""
+
+import sys
+from importlib.util import find_spec
+
+import setuptools
+from torch.utils.cpp_extension import BuildExtension
+
+OLDEST = "0x020b000000000000"  # PyTorch 2.11; with its stable interface one binary serves later releases too
+COMPILE = ["-O3", f"-DTORCH_TARGET_VERSION={OLDEST}"]
+WHEEL = {"bdist_wheel": {"py_limited_api": "cp310"}}
+
+
+def check_setuptools(name: str) -> None:
+    """Releases before 70.1 need the package wheel, which virtual environments do not have; pip's error hides that."""
+    old = tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1)
+    if old and find_spec("wheel") is None:
+        sys.exit(
+            f"{name}: error: setuptools {setuptools.__version__} cannot build wheels; pip install 'setuptools>=70.1'"
+        )
+
+
+class Build(BuildExtension):
+    """Ends with one line that says what to do, below the compiler's own."""
+
+    advice = ""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as err:
+            reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+            name = self.distribution.get_name()
+            raise SystemExit(f"{name}: error: {reason}; the compiler's messages are above{self.advice}") from err

@@ -1,0 +1,295 @@
+// Window attention of one instruction set: LANES floats a vector, ROWS rows of a product at once, in namespace SET.
+// Sums and weights are floats, whatever the elements are. No include guard, as of vector.h.
+
+namespace swin {
+namespace SET {
+
+#include "vector.h"
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+inline void from_float(float x, float& y) { y = x; }
+
+inline void from_float(float x, BFloat16& y) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  y.bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// Memory of a thread, zeros at first, taken piece by piece; each begins at a cache line.
+class Scratch {
+ public:
+  Scratch(int64_t floats, int64_t pieces)
+      : memory_(new char[floats * sizeof(float) + 64 * (pieces + 1)]()), next_(memory_) {}
+  ~Scratch() { delete[] memory_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename T = float>
+  T* take(int64_t count) {
+    char* piece = next_ + (64 - reinterpret_cast<uintptr_t>(next_) % 64) % 64;
+    next_ = piece + count * sizeof(T);
+    return reinterpret_cast<T*>(piece);
+  }
+
+ private:
+  char* memory_;
+  char* next_;
+};
+
+// Where a window's tokens lie on their map.
+struct Window {
+  int64_t* place;   // N: in (B, H, W); -1 for padding
+  float* region;    // columns: in the shift mask
+  float* hidden;    // columns: what is added for keys that are padding, -inf; else 0
+  bool mixed;       // of several regions
+  bool padded;
+};
+
+inline void locate(const Call& call, int64_t number, Window& window) {
+  const int64_t image = number / (call.window_rows * call.window_columns);
+  const int64_t row = number / call.window_columns % call.window_rows, column = number % call.window_columns;
+  const int64_t tall = call.window_rows * call.h, wide = call.window_columns * call.w;
+  window.mixed = window.padded = false;
+  for (int64_t i = 0, token = 0; i < call.h; ++i) {
+    int64_t y = row * call.h + i;  // on the map that is padded and rolled
+    const int region_y = (y >= tall - call.h) + (y >= tall - call.down);
+    y = y + call.down < tall ? y + call.down : y + call.down - tall;
+    for (int64_t j = 0; j < call.w; ++j, ++token) {
+      int64_t x = column * call.w + j;
+      const int region_x = (x >= wide - call.w) + (x >= wide - call.right);
+      x = x + call.right < wide ? x + call.right : x + call.right - wide;
+      const bool exists = y < call.H && x < call.W;
+      window.place[token] = exists ? (image * call.H + y) * call.W + x : -1;
+      window.hidden[token] = exists ? 0.0f : -__builtin_inff();
+      window.region[token] = static_cast<float>(3 * region_y + region_x);
+      window.padded |= !exists;
+      window.mixed |= window.region[token] != window.region[0];
+    }
+  }
+  window.mixed &= call.shifted;
+}
+
+template <typename T>
+inline void read(const T* from, float* to, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) to[d] = to_float(from[d]);
+}
+
+template <typename T>
+inline void write(const float* from, float factor, T* to, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) from_float(from[d] * factor, to[d]);
+}
+
+inline float dot(const float* a, const float* b, int64_t count) {
+  Vector total = {};
+  for (int64_t d = 0; d < count; d += LANES) total += load(a + d) * load(b + d);
+  return sum(total);
+}
+
+// Makes a row of unit length; what it was multiplied by.
+inline float normalize(float* row, int64_t count, float eps) {
+  const float length = __builtin_sqrtf(dot(row, row, count));
+  const float inverse = 1.0f / (length > eps ? length : eps);
+  for (int64_t d = 0; d < count; ++d) row[d] *= inverse;
+  return inverse;
+}
+
+// Rows of a window's tokens, `first` channels into each token's `stride`; zeros for padding.
+template <typename T>
+inline void gather(const T* map, const Window& window, int64_t begin, int64_t end, int64_t stride, int64_t first,
+                   int64_t width, float* rows, int64_t row_width) {
+  for (int64_t i = begin; i < end; ++i, rows += row_width) {
+    if (window.place[i] >= 0)
+      read(map + window.place[i] * stride + first, rows, width);
+    else
+      __builtin_memset(rows, 0, row_width * sizeof(float));
+  }
+}
+
+// Asks for a token's channels ahead of `gather`: pieces of rows so far apart are not fetched ahead by themselves.
+template <typename T>
+inline void fetch(const T* map, int64_t place, int64_t stride, int64_t first, int64_t width) {
+  if (place < 0) return;
+  const char* from = reinterpret_cast<const char*>(map + place * stride + first);
+  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+}
+
+inline void transpose(const float* rows, int64_t count, int64_t row_width, int64_t width, float* to, int64_t columns) {
+  for (int64_t d = 0; d < width; ++d)
+    for (int64_t j = 0; j < count; ++j) to[d * columns + j] = rows[j * row_width + d];
+}
+
+// Turns a row of products into exponentials of its logits less the highest; gives their sum.
+inline float soften(float* row, const float* bias, float factor, int64_t query, const Window& window, int64_t columns) {
+  Vector highest = all(-__builtin_inff());
+  const Vector own = all(window.region[query]);
+  for (int64_t j = 0; j < columns; j += LANES) {
+    Vector x = load(row + j) * factor + load(bias + j);
+    if (window.mixed) x += load(window.region + j) != own ? all(-100.0f) : Vector{};
+    if (window.padded) x += load(window.hidden + j);
+    store(row + j, x);
+    highest = larger(highest, x);
+  }
+  const float top = largest(highest);
+  Vector total = {};
+  for (int64_t j = 0; j < columns; j += LANES) {
+    const Vector x = exponential(load(row + j) - top);
+    store(row + j, x);
+    total += x;
+  }
+  return sum(total);
+}
+
+inline Window take_window(Scratch& scratch, int64_t tokens, int64_t columns) {
+  Window window{};
+  window.place = scratch.take<int64_t>(tokens);
+  window.region = scratch.take(columns);
+  window.hidden = scratch.take(columns);
+  return window;
+}
+
+constexpr int64_t kWindowPieces = 3;
+inline int64_t window_floats(int64_t tokens, int64_t columns) { return 2 * tokens + 2 * columns; }
+
+inline float factor_of(const Call& call, int64_t head) {
+  return call.logit_scale ? call.scale * call.logit_scale[head] : call.scale;
+}
+
+template <typename T>
+void forward(const Call& call, int64_t begin, int64_t end) {
+  const int64_t N = call.tokens(), D = call.width, C = call.heads * D, columns = call.columns, wide = whole_vectors(D);
+  const int64_t floats = 2 * (N + ROWS) * wide + D * columns + ROWS * columns;
+  Scratch scratch(2 * window_floats(N, columns) + floats, 2 * kWindowPieces + 6);
+  Window window = take_window(scratch, N, columns), next = take_window(scratch, N, columns);
+  float *q = scratch.take(ROWS * wide), *k = scratch.take(N * wide), *v = scratch.take(N * wide);
+  float *across = scratch.take(D * columns), *weights = scratch.take(ROWS * columns), *mixed = scratch.take(ROWS * wide);
+  const T* qkv = static_cast<const T*>(call.qkv);
+  T* out = static_cast<T*>(call.out);
+  float totals[ROWS];
+  locate(call, begin / call.heads, next);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t head = unit % call.heads, next_head = (unit + 1) % call.heads;
+    if (unit == begin || head == 0) std::swap(window, next);
+    if (next_head == 0 && unit + 1 < end) locate(call, (unit + 1) / call.heads, next);
+    const Window& ahead = next_head == 0 ? next : window;
+    gather(qkv, window, 0, N, 3 * C, C + head * D, D, k, wide);
+    gather(qkv, window, 0, N, 3 * C, 2 * C + head * D, D, v, wide);
+    if (call.logit_scale)
+      for (int64_t j = 0; j < N; ++j) normalize(k + j * wide, wide, call.eps);
+    transpose(k, N, wide, D, across, columns);
+    const float* bias = call.bias + head * N * columns;
+    for (int64_t i = 0; i < N; i += ROWS) {
+      const int64_t rows = N - i < ROWS ? N - i : ROWS;
+      gather(qkv, window, i, i + rows, 3 * C, head * D, D, q, wide);
+      if (call.logit_scale)
+        for (int64_t r = 0; r < rows; ++r) normalize(q + r * wide, wide, call.eps);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t part = 0; part < 3; ++part)
+          fetch(qkv, ahead.place[i + r], 3 * C, part * C + next_head * D, D);
+      multiply(rows, columns, D, q, wide, 1, across, columns, weights, columns);
+      for (int64_t r = 0; r < rows; ++r)
+        totals[r] = soften(weights + r * columns, bias + (i + r) * columns, factor_of(call, head), i + r, window, columns);
+      multiply(rows, wide, N, weights, columns, 1, v, wide, mixed, wide);
+      for (int64_t r = 0; r < rows; ++r)
+        if (window.place[i + r] >= 0)
+          write(mixed + r * wide, 1.0f / totals[r], out + window.place[i + r] * C + head * D, D);
+    }
+  }
+}
+
+// Writes the gradients of a window's rows, `first` channels into each token of grad_qkv; through `normalize` where the
+// rows were made units, by inverses. The sum of the units' products with their gradients.
+template <typename T>
+inline float scatter(const Call& call, const Window& window, float* grads, const float* units, const float* inverses,
+                     float factor, int64_t first, int64_t wide) {
+  const int64_t D = call.width, stride = 3 * call.heads * D;
+  T* to = static_cast<T*>(call.grad_qkv) + first;
+  float along = 0;
+  for (int64_t i = 0; i < call.tokens(); ++i, grads += wide, units += wide) {
+    if (window.place[i] < 0) continue;
+    float by = factor;
+    if (inverses) {
+      const float own = dot(grads, units, wide);
+      for (int64_t d = 0; d < D; ++d) grads[d] -= own * units[d];
+      by *= inverses[i];
+      along += own;
+    }
+    write(grads, by, to + window.place[i] * stride, D);
+  }
+  return along;
+}
+
+template <typename T>
+void backward(const Call& call, int64_t begin, int64_t end) {
+  const int64_t N = call.tokens(), D = call.width, C = call.heads * D, columns = call.columns, wide = whole_vectors(D);
+  const int64_t floats = 5 * N * wide + 2 * D * columns + 2 * N * columns + 2 * N;
+  Scratch scratch(2 * window_floats(N, columns) + floats, 2 * kWindowPieces + 11);
+  Window window = take_window(scratch, N, columns), next = take_window(scratch, N, columns);
+  float *q = scratch.take(N * wide), *k = scratch.take(N * wide), *v = scratch.take(N * wide);
+  float *g = scratch.take(N * wide), *grads = scratch.take(N * wide);
+  float *k_across = scratch.take(D * columns), *v_across = scratch.take(D * columns);
+  float *weights = scratch.take(N * columns), *slopes = scratch.take(N * columns);
+  float *q_inverse = scratch.take(N), *k_inverse = scratch.take(N);
+  const T *qkv = static_cast<const T*>(call.qkv), *grad = static_cast<const T*>(call.grad);
+  const bool cosine = call.logit_scale != nullptr;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t chunk = unit / call.heads, head = unit % call.heads, first = head * D;
+    const float* bias = call.bias + head * N * columns;
+    float* grad_bias = call.grad_bias + unit * N * columns;
+    const float factor = factor_of(call, head);
+    const int64_t start = chunk * call.windows / call.chunks, stop = (chunk + 1) * call.windows / call.chunks;
+    locate(call, start, next);
+    for (int64_t number = start; number < stop; ++number) {
+      std::swap(window, next);
+      locate(call, number + 1 < stop ? number + 1 : number, next);
+      gather(qkv, window, 0, N, 3 * C, first, D, q, wide);
+      gather(qkv, window, 0, N, 3 * C, C + first, D, k, wide);
+      gather(qkv, window, 0, N, 3 * C, 2 * C + first, D, v, wide);
+      gather(grad, window, 0, N, C, first, D, g, wide);
+      for (int64_t i = 0; cosine && i < N; ++i) {
+        q_inverse[i] = normalize(q + i * wide, wide, call.eps);
+        k_inverse[i] = normalize(k + i * wide, wide, call.eps);
+      }
+      transpose(k, N, wide, D, k_across, columns);
+      transpose(v, N, wide, D, v_across, columns);
+      multiply(N, columns, D, q, wide, 1, k_across, columns, weights, columns);
+      multiply(N, columns, D, g, wide, 1, v_across, columns, slopes, columns);
+      for (int64_t i = 0; i < N; ++i) {
+        float *weight = weights + i * columns, *slope = slopes + i * columns;
+        for (int64_t part = 0; part < 3; ++part) fetch(qkv, next.place[i], 3 * C, part * C + first, D);
+        fetch(grad, next.place[i], C, first, D);
+        const float inverse = 1.0f / soften(weight, bias + i * columns, factor, i, window, columns);
+        for (int64_t j = 0; j < columns; j += LANES) store(weight + j, load(weight + j) * inverse);
+        const float delta = dot(weight, slope, columns);
+        for (int64_t j = 0; j < columns; j += LANES) {
+          const Vector x = load(weight + j) * (load(slope + j) - delta);
+          store(slope + j, x);
+          store(grad_bias + i * columns + j, load(grad_bias + i * columns + j) + x);
+        }
+      }
+      multiply(N, wide, N, weights, 1, columns, g, wide, grads, wide);
+      scatter<T>(call, window, grads, v, nullptr, 1.0f, 2 * C + first, wide);
+      multiply(N, wide, N, slopes, 1, columns, q, wide, grads, wide);
+      scatter<T>(call, window, grads, k, cosine ? k_inverse : nullptr, factor, C + first, wide);
+      multiply(N, wide, N, slopes, columns, 1, k, wide, grads, wide);
+      call.grad_scale[unit] +=
+          call.scale * scatter<T>(call, window, grads, q, cosine ? q_inverse : nullptr, factor, first, wide);
+    }
+  }
+}
+
+}  // namespace SET
+}  // namespace swin
