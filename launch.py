@@ -20,6 +20,7 @@ import utils
 from config import CHOICES, get_config, nearest, to_dict
 from kernels import window_process
 from logger import CLEAR_LINE, create_logger
+from models import memory
 from models.precision import LACKING
 
 # What users can cause and mend. It ends a run in one line; the traceback goes to the log file.
@@ -172,6 +173,8 @@ def session(config: Any, files: ModuleType = utils) -> Iterator[Session]:
             f"{distributed.world_size()} process(es), {device}, {str(amp_dtype).removeprefix('torch.')}, "
             f"torch {torch.__version__}"
         )
+        if device.type == "cpu":
+            memory.keep_all()
         if device.type == "cpu" and amp_dtype in LACKING:
             logger.info(f"this CPU computes {str(amp_dtype).removeprefix('torch.')} slowly: models use float32")
         _say_once(config, device, logger)

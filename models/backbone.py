@@ -6,7 +6,7 @@ is the one that the module was built for, or given by ``set_input_size``.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from timm.layers import trunc_normal_
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import resize_position_embedding
 
+from . import memory
 from .blocks import Resolution
 from .features import Features
 from .layers import (
@@ -31,16 +32,6 @@ from .precision import in_native_precision
 # Bytes of an MLP's hidden values for which its images go through a stage together on a CPU. Found by trying 1.5 to
 # 20 MiB: all of a block stays in the cache then, and the allocator hands out warm pages again.
 CACHED = 10 * 2**20
-
-
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> None:
-    """Have glibc reuse what layers free, rather than give it back and fetch it anew, zeroed page by page.
-
-    Freeing a mapped block tells it to keep twice as much from then on (mallopt(3), "dynamic mmap threshold"); of blocks
-    of 32 MiB and more it takes no notice. Other allocators do as they did.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 class Stage(nn.Module):
@@ -113,9 +104,9 @@ class Stage(nn.Module):
         """
         if not runs_plainly() or x.device.type != "cpu":
             return (x,)
+        memory.keep_some()
         if self.training or torch.is_grad_enabled() or any(is_hooked(module) for module in self.modules()):
             return (x,)
-        keep_freed_memory()
         hidden = 4 * x[:1].numel() * x.element_size()  # bytes within an MLP, the widest of a block
         return x.split(max(1, CACHED // max(1, hidden)))
 
