@@ -25,9 +25,14 @@ GEOMETRIES = [
 
 
 @pytest.fixture
-def gathered(monkeypatch) -> list[tuple]:
-    """The shapes of the maps whose windows were gathered, as they are where the fused kernel is not built."""
+def no_kernel(monkeypatch):
+    """The fused kernel for CPUs is not built."""
     monkeypatch.setattr(cpu, "PROBLEM", "not built")
+
+
+@pytest.fixture
+def gathered(no_kernel, monkeypatch) -> list[tuple]:
+    """The shapes of the maps whose windows were gathered."""
     seen, run = [], attention.AttentionBase._forward_gathered
 
     def spy(self, x, *rest):
@@ -153,7 +158,7 @@ def test_a_part_has_as_many_images_as_the_caches_hold(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, uses_sdpa", [(torch.float32, True), (torch.bfloat16, False)])
-def test_compilers_get_plain_products_in_half_precision(dtype, uses_sdpa):
+def test_compilers_get_plain_products_in_half_precision(no_kernel, dtype, uses_sdpa):
     """They fuse them with bias, mask and softmax, which SDPA's kernel for CPUs does not match."""
     layer, graphs = WindowAttention(16, 4, 2).eval(), []
 
