@@ -4,13 +4,15 @@ torchrun (or ``torch.distributed.launch``) tells each process RANK, WORLD_SIZE a
 without them this is a single process and every collective below returns its input.
 """
 
+import atexit
 import os
 import random
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -71,6 +73,30 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int, at_once: bool = False) -> NoReturn:
+    """End this process; one of several once all are here, and without taking Python down.
+
+    A thread of gloo lets go of the tensors of an exchange some time after it. Where Python is being taken down by then,
+    freeing them ends the thread in a destructor, and so the process by SIGABRT, whatever it has done well before
+    (https://github.com/pytorch/pytorch/issues/190489). Groups that are destroyed keep their threads while anything
+    refers to them, and caches of PyTorch do.
+
+    Args:
+        at_once: do not wait for the others, which may wait for this one in a collective.
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    if not at_once:
+        with suppress(RuntimeError):  # a process that has failed says why itself
+            barrier()
+            stop()
+        atexit._run_exitfuncs()
+    with suppress(OSError):  # nobody may be reading them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def barrier() -> None:

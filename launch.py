@@ -7,11 +7,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -124,34 +124,24 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(main: Callable[[Any], Any], description: str) -> None:
+def run(main: Callable[[Any], Any], description: str) -> NoReturn:
     """Parse the command line, call ``main(config)``, and turn what users can mend into one line and exit code 1."""
     args = build_parser(description).parse_args()
+    code = 0
     try:
         main(get_config(args))
-        with suppress(RuntimeError):  # a process that has failed says why itself
-            distributed.barrier()
     except Stopped as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except USER_ERRORS as err:
         # An error from a loader's worker carries the worker's traceback; its last line is the message.
         lines = [line for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
         bar = CLEAR_LINE if sys.stderr.isatty() else ""
         sys.stderr.write(f"{bar}{Path(sys.argv[0]).name}: error: {lines[-1].strip()}\n")
-        _exit(1)
+        distributed.leave(1, at_once=True)
     except Exception:
         traceback.print_exc()
-        _exit(1)
-    finally:
-        distributed.stop()
-
-
-def _exit(code: int) -> None:
-    """End this process; at once if others may wait for it in a collective, for the group would wait for them."""
-    sys.stderr.flush()
-    if distributed.world_size() > 1:
-        os._exit(code)
-    sys.exit(code)
+        distributed.leave(1, at_once=True)
+    distributed.leave(code)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         try:
             function, arguments = pipe.recv()
         except EOFError:  # the tests have ended
-            return
+            os._exit(0)  # as `distributed.leave`; the others may be gone already
         torch.manual_seed(rank)  # as in training, generators differ
         try:
             pipe.send((True, function(*arguments)))

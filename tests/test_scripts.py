@@ -193,8 +193,10 @@ class Counting(engine.DistributedDataParallel):
         super().__init__(*args, **kwargs)
         self.register_comm_hook(dist.group.WORLD, counted)
 engine.DistributedDataParallel = Counting
-launch.run(main.main, "")
-sys.stdout.write(f"REDUCTIONS {{count}}\\n")  # in one go: print would mix with that of the other process
+def counting(config):
+    main.main(config)
+    sys.stdout.write(f"REDUCTIONS {{count}}\\n")  # in one go: print would mix with that of the other process
+launch.run(counting, "")
 """
 
 
