@@ -162,7 +162,7 @@ def prepare(
 
 def _shard_if_asked(session: Session, model: nn.Module) -> None:
     train, logger, world_size = session.config.TRAIN, session.logger, distributed.world_size()
-    sharding.check_settings(session.config, model)
+    sharding.check_settings(session.config)
     if train.SHARDING == "ddp":
         return
     if world_size == 1:
@@ -372,6 +372,7 @@ def save(run: Run) -> None:
     """Write all that an exact continuation needs. Every rank must call it."""
     progress = run.progress
     generators = distributed.gather_objects(distributed.rng_state(run.session.device))
+    averages = {} if run.average is None else {"model_ema": run.average.state_dict()}
     if _this_process_saves(run.session):
         done = progress.samples // (run.config.DATA.BATCH_SIZE * distributed.world_size())
         run.session.files.save_checkpoint(
@@ -387,7 +388,7 @@ def save(run: Run) -> None:
             progress=asdict(progress),
             rng=generators,
             classes=run.classes,
-            **({} if run.average is None else {"model_ema": run.average.state_dict()}),
+            **averages,
         )
     elif run.shards is not None:  # takes part in gathering what the main process writes
         run.model.state_dict()

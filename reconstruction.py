@@ -10,12 +10,13 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 import distributed
+import sharding
 from launch import Session
 from meters import write_scalars
 from models.simmim import SimMIM
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode FSDP2 would keep tensors that training cannot use
 def reconstruct(session: Session, model: SimMIM, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of each image (N,), and a grid (3, height, width) of uncovered, masked and completed images in 0 to 1.
 
@@ -63,9 +64,13 @@ class Watch:
         self.session, self.images, self.masks = session, images, masks
 
     def __call__(self, run: Any) -> None:
-        """After an epoch of ``run``, on the main process; the others have nothing to do."""
+        """After an epoch of ``run``, for the main process; the others only help where they hold a part of the model."""
         config, epoch = run.config, run.progress.epoch - 1
-        if not distributed.is_main() or (epoch % config.SAVE_FREQ and epoch + 1 < config.TRAIN.EPOCHS):
+        if epoch % config.SAVE_FREQ and epoch + 1 < config.TRAIN.EPOCHS:
+            return
+        if not distributed.is_main():
+            if sharding.is_sharded(run.model):
+                reconstruct(self.session, run.model, self.images, self.masks)
             return
         losses, grid = self.look(run.model, f"epoch_{epoch}")
         each = {f"reconstruction/image_{i}": loss for i, loss in enumerate(losses.tolist())}
