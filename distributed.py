@@ -99,6 +99,19 @@ def leave(code: int, at_once: bool = False) -> NoReturn:
     os._exit(code)
 
 
+def others_are_lost(err: BaseException) -> bool:
+    """Whether this is what an exchange raises when another process has ended, or does not answer in time."""
+    return isinstance(err, (dist.DistNetworkError, dist.DistStoreError)) or (
+        isinstance(err, RuntimeError) and "gloo" in str(err)  # which has no class of errors
+    )
+
+
+def has_ended(err: BaseException) -> str:
+    """What to say of the process that an exchange has failed for."""
+    reason = (str(err).splitlines() or [type(err).__name__])[0]
+    return f"has ended, or has not answered in time; its own log says why ({reason})"
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

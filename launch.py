@@ -134,14 +134,20 @@ def run(main: Callable[[Any], Any], description: str) -> NoReturn:
         code = stop.exit_code
     except USER_ERRORS as err:
         # An error from a loader's worker carries the worker's traceback; its last line is the message.
-        lines = [line for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
-        bar = CLEAR_LINE if sys.stderr.isatty() else ""
-        sys.stderr.write(f"{bar}{Path(sys.argv[0]).name}: error: {lines[-1].strip()}\n")
-        distributed.leave(1, at_once=True)
-    except Exception:
+        lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
+        _fail(lines[-1])
+    except Exception as err:
+        if distributed.others_are_lost(err):
+            _fail(f"another process {distributed.has_ended(err)}")
         traceback.print_exc()
         distributed.leave(1, at_once=True)
     distributed.leave(code)
+
+
+def _fail(message: str) -> NoReturn:
+    bar = CLEAR_LINE if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{bar}{Path(sys.argv[0]).name}: error: {message}\n")
+    distributed.leave(1, at_once=True)
 
 
 @contextmanager

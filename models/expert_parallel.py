@@ -134,11 +134,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as err:
-        reason = str(err).splitlines()[0]
-        raise ConnectionError(
-            "a process that shares experts with this one has ended, or has not answered in time; its own log says "
-            f"why ({reason})"
-        ) from err
+        raise ConnectionError(f"a process that shares experts with this one {distributed.has_ended(err)}") from err
 
 
 @torch.compiler.disable

@@ -4,6 +4,7 @@ Functions named ``on_...`` run in every process of a `Team`.
 """
 
 import atexit
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,29 @@ def test_processes_end_with_their_code_and_leave_python_standing(code, at_once, 
     assert [process.exitcode for process in team.processes] == [code, code + 1]
     left = {path.name for path in tmp_path.iterdir() if path.name != "store"}
     assert left == (set() if at_once else {"0.exit", "1.exit"})
+
+
+def on_losing_another() -> str:
+    dist.barrier()
+    if distributed.rank() == 1:
+        os._exit(3)
+    try:
+        dist.all_reduce(torch.ones(3))
+    except RuntimeError as err:
+        assert distributed.others_are_lost(err)
+        return distributed.has_ended(err)
+    return "nothing happened"
+
+
+def test_the_loss_of_another_process_is_told_in_one_line(tmp_path):
+    team = Team(2, tmp_path)
+    try:
+        team.send(on_losing_another)
+        message = team.answer(0)
+    finally:
+        team.stop()
+    assert message.startswith("has ended, or has not answered in time; ") and "\n" not in message
+    assert not distributed.others_are_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_single_process_ends_as_any_other():
