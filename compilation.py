@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from models.blocks import Block
+from sharding import is_sharded
+
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the modes that record them
 
 
@@ -29,10 +32,22 @@ def compile_in_place(
             "max-autotune-no-cudagraphs"
         )
     _try_compiler(device, backend)
-    # Only inductor knows modes.
-    model.compile(backend=backend, mode=mode if backend == "inductor" else None)
+    settings = {"backend": backend, "mode": mode if backend == "inductor" else None}  # only inductor knows modes
+    if is_sharded(model):
+        _compile_blocks(model, **settings)
+        return f"torch.compile: {backend}, {mode}, block by block: FSDP2 gathers their weights between them"
+    model.compile(**settings)
     without = mode in CUDA_GRAPHS and (device.type != "cuda" or backend != "inductor")
     return f"torch.compile: {backend}, {mode}{', without CUDA graphs, which need CUDA' if without else ''}"
+
+
+def _compile_blocks(model: nn.Module, **settings: str | None) -> None:
+    """The forward passes of blocks alone, so that what FSDP2 does before and after each stays outside."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    # Blocks differ in shifts, sizes and rates of dropped paths, and each has a graph of training and of evaluation.
+    torch._dynamo.config.recompile_limit += 2 * len(blocks)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False, **settings)
 
 
 def _try_compiler(device: torch.device, backend: str) -> None:

@@ -46,8 +46,6 @@ def check_settings(config: Any) -> None:
         if train.CPU_OFFLOAD:
             raise ValueError("TRAIN.CPU_OFFLOAD=True moves slices of parameters: it needs TRAIN.SHARDING fsdp2")
         return
-    if config.COMPILE:
-        raise ValueError(f"TRAIN.SHARDING='fsdp2' with COMPILE={config.COMPILE!r}: not in this version; use ddp")
     name = train.OPTIMIZER.NAME.lower()
     if name == "fused_lamb":  # its steps depend on norms of whole parameters
         others = sorted(set(OPTIMIZERS) - {name})

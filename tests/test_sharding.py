@@ -208,6 +208,30 @@ def test_averages_equal_those_of_ddp_also_after_resuming(name, team, tmp_path):
     assert_close_states(saved(changed, 1), saved(ddp, 1), rtol=1e-4, atol=1e-6)
 
 
+COMPILED = ["COMPILE", "default", "COMPILE_BACKEND", "aot_eager"]
+
+
+def on_compiled(run) -> tuple[list[str], int]:
+    """Names of the weights, and how many graphs were compiled; the first tries the compiler."""
+    return list(run.model.state_dict()), torch._dynamo.utils.counters["stats"]["unique_graphs"] - 1
+
+
+@pytest.mark.parametrize("name", ["swin", pytest.param("experts, recomputed", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_as_eager_ones(name, team, tmp_path):
+    """Blocks differ in their shifts: a graph of one must not serve another."""
+    opts, (eager, compiled) = [*MODELS[name], *FSDP2], (tmp_path / kind for kind in ("eager", "compiled"))
+    team.run(on_run, str(eager), opts)
+    team.run(on_reset)
+    names, graphs = team.run(on_run, str(compiled), [*opts, *COMPILED], "", loss_of, on_compiled)[0]
+    assert_close_states(saved(compiled), saved(eager), rtol=1e-5, atol=1e-6)
+    assert names == list(read(saved(eager))["model"]) and graphs >= 6
+
+
+def on_reset() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 def on_slices(run) -> tuple:
     sliced = dict(run.model.named_parameters())
     assert all(isinstance(p, DTensor) for p in sliced.values() if id(p) not in map(id, own_experts(run)))
@@ -328,7 +352,5 @@ def test_keys_that_contradict_are_told():
         check("TRAIN.CPU_OFFLOAD", True)
     with pytest.raises(ValueError, match=r"fused_lamb does not work on slices; .*'adamw'"):
         check(*FSDP2, "TRAIN.OPTIMIZER.NAME", "fused_lamb")
-    with pytest.raises(ValueError, match=r"TRAIN\.SHARDING='fsdp2' with COMPILE='default'"):
-        check(*FSDP2, "COMPILE", "default")
     with pytest.raises(ValueError, match=r"TRAIN\.SHARDING='zero'; choose from \['ddp', 'fsdp2'\]"):
         check("TRAIN.SHARDING", "zero")
