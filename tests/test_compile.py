@@ -96,9 +96,12 @@ def test_inductor_differs_from_eager_mode_by_the_routers_noise_alone():
 
 
 @pytest.mark.slow
-def test_inductor_has_the_losses_of_eager_training(image_folder, tmp_path):
-    losses, _ = losses_of(image_folder, tmp_path / "compiled", *compiled("inductor"), loss=SupervisedLoss)
-    eager, _ = losses_of(image_folder, tmp_path / "eager", loss=SupervisedLoss)
+@pytest.mark.parametrize("opts, loss", [([], SupervisedLoss), (MOE, ExpertLoss)])
+def test_inductor_has_the_losses_of_eager_training(image_folder, tmp_path, opts, loss):
+    """With the same noise of routers."""
+    with torch._inductor.config.patch(fallback_random=True):
+        losses, _ = losses_of(image_folder, tmp_path / "compiled", *opts, *compiled("inductor"), loss=loss)
+    eager, _ = losses_of(image_folder, tmp_path / "eager", *opts, loss=loss)
     assert len(losses) == 14 and losses == pytest.approx(eager, abs=1e-4)
 
 
