@@ -423,10 +423,10 @@ class MoELayer(nn.Module):
         chosen, used = routing.fill_slots(slots, size, own)  # E * size
         kept = slots.positions < own
         places = choices.experts * size + slots.positions.clamp(max=size - 1)  # T, k
-        sent = move_rows(x, chosen // k, places, kept.to(x.dtype))
+        sent = move_rows(x, chosen // k, places, used if torch.is_grad_enabled() else None, kept)
         answers = self.run_experts(sent)
-        rows = move_rows(answers, places.flatten(), chosen[:, None], used[:, None].to(answers.dtype))
-        return routing.weigh_choices(rows, choices.gates * kept), kept
+        rows = move_rows(answers, places.flatten(), chosen[:, None], kept.flatten(), used[:, None])
+        return routing.weigh_choices(rows, choices.gates.masked_fill(~kept, 0)), kept
 
     def run_kept(self, x: Tensor, choices: Choices, slots: Slots, own: int) -> tuple[Tensor, Tensor]:
         """As `run_capacity`, without empty slots: shapes follow from values, which cost nothing to read on a CPU."""
@@ -435,10 +435,11 @@ class MoELayer(nn.Module):
         chosen = slots.choices[kept.flatten()[slots.choices]]
         places = (counts.cumsum(0) - counts)[choices.experts] + slots.positions.clamp(max=own - 1)
         places = places.clamp(max=max(len(chosen) - 1, 0))
-        sent = move_rows(x, chosen // self.top_value, places, None if len(chosen) == kept.numel() else kept.to(x.dtype))
+        mask = None if len(chosen) == kept.numel() else kept
+        sent = move_rows(x, chosen // self.top_value, places, kept=mask)
         answers = self.experts.grouped(sent, counts)
-        rows = move_rows(answers, places.flatten(), chosen[:, None])
-        return routing.weigh_choices(rows, choices.gates * kept), kept
+        rows = move_rows(answers, places.flatten(), chosen[:, None], None if mask is None else mask.flatten())
+        return routing.weigh_choices(rows, choices.gates.masked_fill(~kept, 0)), kept
 
     def capacities(self, tokens: int, counts: Tensor) -> tuple[int, int]:
         """(own, size): slots that each expert has for this process's tokens, and how many of any process are computed.

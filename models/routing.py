@@ -117,30 +117,37 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """Rows from one order to another; the gradient gathers as well, which is quick and the same every time."""
+    """Rows from one order to another; the gradient gathers as well, which is quick and the same every time.
+
+    What is left out is filled with zeros, in place: 0 times a row would not be 0 where that is infinite.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, back: Tensor, kept: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, source: Tensor, back: Tensor, taken: Tensor | None, kept: Tensor | None) -> Tensor:
         ctx.save_for_backward(back, kept)
-        return take_rows(x, source)
+        rows = take_rows(x, source)
+        return rows if taken is None else rows.masked_fill_(~taken[:, None], 0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         back, kept = ctx.saved_tensors
         rows = take_rows(grad, back.flatten()).unflatten(0, back.shape)  # n, r, C
         if kept is not None:
-            rows = rows * kept[:, :, None]
-        return rows.sum(1) if back.shape[1] > 1 else rows.squeeze(1), None, None, None
+            rows = rows.masked_fill_(~kept[:, :, None], 0)
+        return rows.sum(1) if back.shape[1] > 1 else rows.squeeze(1), None, None, None, None
 
 
-def move_rows(x: Tensor, source: Tensor, back: Tensor, kept: Tensor | None = None) -> Tensor:
-    """``x[source]`` for rows of ``x`` (n, C).
+def move_rows(
+    x: Tensor, source: Tensor, back: Tensor, taken: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """``x[source]`` for rows of ``x`` (n, C): (m, C).
 
     Args:
         back: (n, r), the places where each row of ``x`` went.
-        kept: (n, r), whether it really went there; None says it did everywhere.
+        taken: (m,), whether a row of the result is really there, and not zeros; None says they all are.
+        kept: (n, r), whether a row of ``x`` really went to that place; None says it did everywhere.
     """
-    return _Route.apply(x, source, back, kept)
+    return _Route.apply(x, source, back, taken, kept)
 
 
 def weigh_choices(rows: Tensor, weights: Tensor) -> Tensor:

@@ -149,6 +149,33 @@ def test_gradients_are_those_of_differences():
     torch.autograd.gradcheck(lambda x, g: layer.run_dropless(x, Choices(choices.experts, g), slots), (x, gates))
 
 
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("k", [1, 2])
+def test_infinite_tokens_stay_alone(value, k):
+    """Other tokens, and experts that do not take it, meet what they met beside a finite one in its place."""
+    layer = small_layer(6, k, 0.5, use_bpr=False)
+    for bad in range(10):
+        others = torch.arange(10) != bad
+        x = tokens(10, 8).index_fill_(0, torch.tensor(bad), value).requires_grad_()
+        y, _ = layer(x)
+        grads = torch.autograd.grad(y.square().sum(), [x, *layer.experts.parameters()])
+        experts = layer.route(x.detach()).choices.experts
+        slots = assign_slots(experts, 6)
+        kept = slots.positions < layer.capacities(10, slots.counts)[0]
+        finite = x.detach().index_fill(0, torch.tensor(bad), 1.0).requires_grad_()
+        gates = layer.route(finite).p.gather(1, experts)
+        answers = layer.experts(finite.expand(6, -1, -1))  # E, T, C: all tokens through all experts
+        expected = ((gates * kept)[:, :, None] * answers[experts, torch.arange(10)[:, None]]).sum(1)
+        assert not kept[others].all() and (slots.counts == 0).any()
+        torch.testing.assert_close(y[others], expected[others])
+        assert kept[bad].any() or not y[bad].any()
+        exact = torch.autograd.grad(expected[others].square().sum(), [finite, *layer.experts.parameters()])
+        untouched = torch.ones(6, dtype=torch.bool).index_fill(0, experts[bad][kept[bad]], False)
+        for grad, other, rows in zip(grads, exact, [others, *[untouched] * 4], strict=True):
+            torch.testing.assert_close(grad[rows], other[rows])
+
+
 @pytest.mark.parametrize("path", ["capacity", "dropless"])
 def test_two_runs_give_the_same_bits(path):
     layer = small_layer(4, 2, 1.0, path=path)
