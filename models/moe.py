@@ -5,240 +5,23 @@ and auxiliary losses are those of Tutel in June 2022, which the released Swin-Mo
 T tokens of this process, E experts in all, of which it holds El, C channels, h hidden units; W processes share experts.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from . import routing
-from .expert_parallel import ExpertGroups, as_groups, exchange, exchange_counts, gather_shards
+from .expert_parallel import ExpertGroups, as_groups, exchange, exchange_counts
+from .experts import Experts, total_experts
+from .routers import CosineRouter, LinearRouter
 from .routing import Choices, Slots, move_rows
 
 ROUTERS = ("flat", "product", "limited")
 PATHS = ("capacity", "dropless")
-GROUPED_DEVICES = ("cuda",)  # where a grouped product is quicker than a loop; on the CPU it is a loop itself
-MAX_TEMPERATURE = math.log(100.0)  # cosines are multiplied by 100 at most
-
-
-class Projection(nn.Linear):
-    """A linear layer that a model's own initialisation leaves alone: routers start equal on all processes."""
-
-    def reset_parameters(self) -> None:
-        """`MoELayer.reset_parameters` draws the weights."""
-
-
-class LinearRouter(nn.Module):
-    """Logits of the experts by a linear layer without bias; of ``groups`` of experts by another, if there are any."""
-
-    def __init__(self, dim: int, num_experts: int, groups: int = 0):
-        super().__init__()
-        self.wg = Projection(dim, num_experts, bias=False)
-        self.group_wg = Projection(dim, groups, bias=False) if groups else None
-
-    def reset_parameters(self, std: float, generator: torch.Generator) -> None:
-        for projection in (self.wg, self.group_wg):
-            if projection is not None:
-                _draw(projection.weight, std, generator)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, C) to logits of experts (T, E) and of groups (T, G), or None."""
-        experts = F.linear(x, self.wg.weight.float())
-        return experts, None if self.group_wg is None else F.linear(x, self.group_wg.weight.float())
-
-
-class CosineRouter(nn.Module):
-    """Logits by cosines of projected tokens with a learnt vector of each expert, and of each group if there are any.
-
-    Chi et al., "On the Representation Collapse of Sparse Mixture of Experts", https://arxiv.org/abs/2204.09179, eq. 5.
-    """
-
-    def __init__(self, dim: int, num_experts: int, proj_dim: int, init_t: float, groups: int = 0):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.full((1,), math.log(1 / init_t)))
-        self.sim_matrix = nn.Parameter(torch.empty(proj_dim, num_experts))
-        self.cosine_projector = Projection(dim, proj_dim)
-        self.group_sim_matrix = nn.Parameter(torch.empty(proj_dim, groups)) if groups else None
-
-    def reset_parameters(self, std: float, generator: torch.Generator) -> None:
-        _draw(self.cosine_projector.weight, std, generator)
-        nn.init.zeros_(self.cosine_projector.bias)
-        for matrix in (self.sim_matrix, self.group_sim_matrix):
-            if matrix is not None:
-                _draw(matrix, 0.01, generator, truncated=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, C) to logits of experts (T, E) and of groups (T, G), or None."""
-        projector = self.cosine_projector
-        x = F.normalize(F.linear(x, projector.weight.float(), projector.bias.float()), dim=1)
-        x = x * self.temperature.float().clamp(max=MAX_TEMPERATURE).exp()
-        experts = x @ F.normalize(self.sim_matrix.float(), dim=0)
-        groups = self.group_sim_matrix
-        return experts, None if groups is None else x @ F.normalize(groups.float(), dim=0)
-
-
-class Experts(nn.Module):
-    """This process's experts, or its shard of one: C to h channels, GELU, dropout, back to C.
-
-    A shard is a slice of an expert's hidden units, and of its last bias. The processes that share an expert gather its
-    weights and each computes a part of its tokens: an expert of the official models has fewer numbers than its tokens.
-
-    Args:
-        num_experts: E; as many to each process, or as many processes to each.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        num_experts: int,
-        drop: float = 0.0,
-        fc2_bias: bool = True,
-        groups: ExpertGroups | None = None,
-    ):
-        super().__init__()
-        self.expert_groups = groups = groups or ExpertGroups()
-        local = local_experts(num_experts, groups.size)
-        self.num_experts = num_experts
-        self.num_local = max(local, 1)
-        self.shards = max(-local, 1)
-        self.dim = dim
-        if hidden % self.shards:
-            raise ValueError(
-                f"MODEL.SWIN_MOE.EXPERT_PARALLEL: {self.shards} processes cannot share the {hidden} hidden units of an "
-                "expert; choose fewer, or another MODEL.SWIN_MOE.MLP_RATIO"
-            )
-        self.hidden = hidden // self.shards
-        self.batched_fc1_w = nn.Parameter(torch.empty(self.num_local, self.hidden, dim))
-        self.batched_fc2_w = nn.Parameter(torch.empty(self.num_local, self.hidden, dim))
-        self.batched_fc1_bias = nn.Parameter(torch.empty(self.num_local, self.hidden))
-        self.batched_fc2_bias = nn.Parameter(
-            torch.empty(self.num_local, -(-dim // self.shards)), requires_grad=fc2_bias
-        )
-        for parameter in self.parameters():
-            parameter.skip_allreduce = True  # Tutel's mark of parameters that differ between processes
-        self.drop = nn.Dropout(drop)
-
-    @property
-    def first(self) -> int:
-        """The number of this process's first expert among all."""
-        return self.expert_groups.rank * self.num_local // self.shards
-
-    @torch.no_grad()
-    def reset_parameters(self, std: float, seed: int) -> None:
-        """Draw each expert by a generator of its own, so that it is the same on any number of processes."""
-        for i in range(self.num_local):
-            generator = torch.Generator().manual_seed(seed + 1 + self.first + i)
-            shard = self.expert_groups.rank % self.shards * self.hidden
-            for weight in (self.batched_fc1_w, self.batched_fc2_w):
-                _draw(weight[i], std, generator, rows=slice(shard, shard + self.hidden), of=self.hidden * self.shards)
-        nn.init.zeros_(self.batched_fc1_bias)
-        nn.init.zeros_(self.batched_fc2_bias)
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Whole experts: fc1 (El, H, C) and its bias (El, H), fc2 (El, H, C) and its bias (El, C)."""
-        parts = (self.batched_fc1_w, self.batched_fc1_bias, self.batched_fc2_w, self.batched_fc2_bias)
-        if self.shards == 1:
-            return parts
-        flat = torch.cat([part.flatten() for part in parts])
-        gathered = gather_shards(self.expert_groups, flat, self.shards)  # s, n
-        w1, b1, w2, b2 = gathered.split([part.numel() for part in parts], dim=1)
-        w1, w2 = (w.reshape(1, -1, self.dim) for w in (w1, w2))
-        return w1, b1.reshape(1, -1), w2, b2.reshape(1, -1)[:, : self.dim]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(El, n, C) to (El, n, C): n tokens of each expert."""
-        w1, b1, w2, b2 = self.weights()
-        x = torch.baddbmm(b1[:, None], x, w1.transpose(1, 2))  # El, n, H
-        return torch.baddbmm(b2[:, None], self.drop(F.gelu(x)), w2)
-
-    def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
-        """(n, C) to (n, C): rows sorted by expert, ``counts`` (El,) of each."""
-        w1, b1, w2, b2 = (weight.to(x.dtype) for weight in self.weights())
-        if x.device.type not in GROUPED_DEVICES or not takes_grouped_product(x, w1.shape[1]):
-            rows = counts.tolist()
-            hidden = self.drop(F.gelu(_ExpertProducts.apply(x, w1.transpose(1, 2), b1, rows)))
-            return _ExpertProducts.apply(hidden, w2, b2, rows)
-        offsets = counts.to(x.device).cumsum(0)
-        expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
-        member = F.one_hot(expert, self.num_local).to(x.dtype)  # n, El: its product with biases has a quick gradient
-        offsets = offsets.to(torch.int32)
-        x = torch.addmm(F.grouped_mm(x, w1.transpose(1, 2), offs=offsets), member, b1)
-        return torch.addmm(F.grouped_mm(self.drop(F.gelu(x)), w2, offs=offsets), member, b2)
-
-    def extra_repr(self) -> str:
-        shard = f", {self.shards} processes to each" if self.shards > 1 else ""
-        return f"dim={self.dim}, hidden={self.hidden}, experts={self.num_local} of {self.num_experts}{shard}"
-
-
-class _ExpertProducts(torch.autograd.Function):
-    """Rows (n, C) sorted by expert, as many as ``counts`` says, times the weight (El, C, H) of each, plus its bias.
-
-    In a loop; results and gradients are written where they belong, so nothing is cut up or put together.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        y = x.new_empty(len(x), weight.shape[2])
-        for i, (rows, result) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
-            torch.addmm(bias[i], rows, weight[i], out=result)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        grad_bias = grad.new_empty(weight.shape[0], weight.shape[2])
-        parts = (part.split(ctx.counts) for part in (x, grad, grad_x))
-        for i, (rows, grad_rows, result) in enumerate(zip(*parts, strict=True)):
-            torch.mm(grad_rows, weight[i].t(), out=result)
-            torch.mm(rows.t(), grad_rows, out=grad_weight[i])
-            torch.sum(grad_rows, 0, out=grad_bias[i])
-        return grad_x, grad_weight, grad_bias, None
-
-
-def takes_grouped_product(x: Tensor, hidden: int) -> bool:
-    """Whether ``F.grouped_mm`` takes rows ``x`` (n, C): its kernels want aligned rows, and on CUDA bfloat16."""
-    if not hasattr(F, "grouped_mm") or not len(x) or any(n * x.element_size() % 16 for n in (x.shape[1], hidden)):
-        return False
-    if x.device.type == "cuda":
-        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-def local_experts(total: int, processes: int) -> int:
-    """Experts of each process, as NUM_LOCAL_EXPERTS says it: n > 0 experts, or n < 0 for -n processes to each.
-
-    Raises ``ValueError`` where neither divides the other.
-    """
-    if total > 0 and total % processes == 0:
-        return total // processes
-    if total > 0 and processes % total == 0:
-        return -(processes // total)
-    raise ValueError(
-        f"MODEL.SWIN_MOE.NUM_EXPERTS={total}: so many experts do not divide over {processes} process(es), nor those "
-        "over the experts; choose another number of experts or of processes, or MODEL.SWIN_MOE.EXPERT_PARALLEL"
-    )
-
-
-def total_experts(local: int, processes: int) -> int:
-    """All experts, where NUM_LOCAL_EXPERTS is ``local``: the inverse of `local_experts`."""
-    if local > 0:
-        return local * processes
-    if local == 0 or processes % -local:
-        raise ValueError(
-            f"MODEL.SWIN_MOE.NUM_LOCAL_EXPERTS={local}: "
-            + ("give at least 1, or -n for n processes to each expert" if local == 0 else "")
-            + (f"{processes} process(es) are not groups of {-local}" if local else "")
-        )
-    return processes // -local
 
 
 class Routing(NamedTuple):
@@ -557,26 +340,6 @@ def collect_statistics(model: nn.Module) -> Iterator[dict[str, MoELayer]]:
     finally:
         for layer in layers.values():
             layer.collect = False
-
-
-@torch.no_grad()
-def _draw(
-    weight: Tensor,
-    std: float,
-    generator: torch.Generator,
-    truncated: bool = True,
-    rows: slice = slice(None),
-    of: int | None = None,
-) -> None:
-    """Fill a matrix from ``generator``, in float32 on the CPU: with ``rows`` of one that has ``of`` rows."""
-    if weight.is_meta:
-        return
-    values = torch.empty(of or weight.shape[0], weight.shape[1], device="cpu", dtype=torch.float32)
-    if truncated:
-        nn.init.trunc_normal_(values, std=std, generator=generator)
-    else:
-        values.normal_(0.0, std, generator=generator)
-    weight.copy_(values[rows])
 
 
 def _reads_freely(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 import distributed
 
 from .expert_parallel import ExpertGroups, as_groups
-from .moe import total_experts
+from .experts import total_experts
 
 INSTALL = "pip install --no-build-isolation git+https://github.com/microsoft/tutel@main"
 

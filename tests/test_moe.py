@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from moe_golden import check_layer, check_model, golden_layer, golden_model, wave
 from torch import Tensor, nn
 
-from models import build_model, moe
+from models import build_model, experts, moe
 from models.arguments import model_arguments
 from models.expert_parallel import expert_parameters, global_grad_norm, parameter_counts, sync_expert_gradients
-from models.moe import MoELayer, collect_statistics, local_experts, takes_grouped_product, total_experts
+from models.experts import local_experts, takes_grouped_product, total_experts
+from models.moe import MoELayer, collect_statistics
 from models.routing import Choices, assign_slots, limited_choices, product_choices
 from models.swin_transformer_moe import MoEMlp, SwinTransformerMoE
 from optimizer import decay_groups
@@ -123,7 +124,7 @@ def test_layer_is_what_it_says_token_by_token(T, E, k, factor, bpr, normalize):
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("width", [8, 6])  # rows of 6 floats are not aligned as a grouped product wants them
 def test_dropless_is_capacity_that_suffices(k, width, monkeypatch):
-    monkeypatch.setattr(moe, "GROUPED_DEVICES", ("cpu",))
+    monkeypatch.setattr(experts, "GROUPED_DEVICES", ("cpu",))
     torch.manual_seed(0)
     layer = MoELayer(width, 16, 5, k, 0.0, gate_noise=0.0, init_std=0.5, path="capacity")
     dropless = MoELayer(width, 16, 5, k, 0.01, gate_noise=0.0, path="dropless")
