@@ -1,7 +1,7 @@
 """Experts of Swin-MoE over processes, as pure functions: state dict in, state dict out.
 
 Every process holds the shared weights and its own experts. Here the states of any number of processes become the state
-of one process among any other number; one process of one holds the whole. Files are read and written in `utils_moe`.
+of one process among any other number; one process of one holds the whole. `expert_files` reads files.
 
 W processes, E experts in all, El of them on a process, s processes to an expert, C channels, H hidden channels. Where s
 is 1 process r holds the experts from r El on; else El is 1 and it holds the hidden slice r % s, of H / s, of expert

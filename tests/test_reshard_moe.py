@@ -32,6 +32,7 @@ from checkpoint_moe import (
     upcycle,
 )
 from config import to_dict
+from expert_writer import Place, place_of
 from lr_scheduler import build_scheduler
 from models import build_model
 from optimizer import build_optimizer, load_optimizer_state
@@ -600,7 +601,7 @@ def write_one_of_two_copies(rank: int, tmp_path: Path) -> None:
     parts.optimizer = build_optimizer(parts.config, parts.model)
     parts.save()
     assert [path.name for path in parts.folder.iterdir()] == ["ckpt_epoch_5.pth"]
-    assert utils_moe.place_of(parts.model) == utils_moe.Place(0, 1, rank == 0)
+    assert place_of(parts.model) == Place(0, 1, rank == 0)
 
 
 PARTS = [".<save>.experts0of2", ".<save>.experts1of2"]

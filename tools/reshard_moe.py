@@ -4,7 +4,7 @@ python tools/reshard_moe.py gather swin_moe_small_32expert.pth whole.pth
 python tools/reshard_moe.py split ckpt_epoch_89.pth official.pth --processes 8
 python tools/reshard_moe.py upcycle dense.pth moe.pth --cfg configs/swinmoe/CONFIG.yaml --experts 8 --noise 0.01
 
-A source is a checkpoint in any form that `utils_moe` reads, named by its .pth or any of its files; main_moe.py reads
+A source is a checkpoint in any form that `expert_files` reads, named by its .pth or any of its files; main_moe.py reads
 all of them too, on any number of processes. gather writes one file of ours, split the official .pth.rank0, .rank1, …,
 both with optimizer states where the source has them. Nothing is overwritten; files get their names once all are
 written, and are read back.
@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checkpoint_moe import expert_layers, optimizer_by_position, upcycle
 from config import get_config, to_dict
+from expert_files import checkpoint_files, read_process
 from models import build_model
 from utils import write_temporary
-from utils_moe import checkpoint_files, read_process
 
 logger = logging.getLogger("reshard_moe")
 
