@@ -13,8 +13,8 @@ needs_pointwise = pytest.mark.skipif(not has_pointwise(), reason="this PyTorch h
 
 @pytest.fixture
 def amd(monkeypatch):
-    """Any processor taken for one of AMD's."""
-    monkeypatch.setattr(module, "prefers_onednn", lambda: True)
+    """Any processor taken for one of AMD's with AVX-512."""
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_linear_by_onednn_is_linear(monkeypatch, shape, bias):
     layer, x = Linear(6, 4, bias=bias), torch.randn(*shape, requires_grad=True)
     results = []
     for amd in (True, False):
-        monkeypatch.setattr(module, "prefers_onednn", lambda amd=amd: amd)
+        monkeypatch.setattr(module, "onednn_is_faster", lambda amd=amd: amd)
         for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
             y = layer(data)
             gradients = torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])
@@ -131,3 +131,23 @@ def test_linear_leaves_other_precisions_to_pytorch(amd, monkeypatch):
                 assert layer(x).dtype == torch.bfloat16
             assert layer.double()(x.double()).dtype == torch.float64
             layer.float()
+
+
+@needs_pointwise
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_written_where_they_belong(monkeypatch, onednn, bias):
+    """Of transposed matrices as well, and to rows and columns of others."""
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: onednn)
+    for x, weight, shape in (
+        (torch.randn(5, 6), torch.randn(4, 6).t(), (5, 4)),
+        (torch.randn(6, 5).t(), torch.randn(6, 4), (5, 4)),
+        (torch.randn(0, 6), torch.randn(6, 4), (0, 4)),
+        (torch.randn(5, 0), torch.randn(0, 4), (5, 4)),
+    ):
+        added = torch.randn(shape[1]) if bias else None
+        expected = (x.double() @ weight.double()) + (added.double() if bias else 0)
+        torch.testing.assert_close(module.product(x, weight, added).double(), expected, atol=1e-5, rtol=1e-5)
+        for out in (torch.empty(2, *shape)[1], torch.empty(shape[::-1]).t()):
+            module.product(x, weight, added, out)
+            torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
