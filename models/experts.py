@@ -3,11 +3,15 @@
 E experts in all, of which this process holds El; n tokens, C channels, h hidden units of an expert here, H in all.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .expert_parallel import ExpertGroups, gather_shards
+from .linear import product
 from .routers import draw
 
 GROUPED_DEVICES = ("cuda",)  # where a grouped product is quicker than a loop; on the CPU it is a loop itself
@@ -91,10 +95,10 @@ class Experts(nn.Module):
     def grouped(self, x: Tensor, counts: Tensor) -> Tensor:
         """(n, C) to (n, C): rows sorted by expert, ``counts`` (El,) of each."""
         w1, b1, w2, b2 = (weight.to(x.dtype) for weight in self.weights())
-        if x.device.type not in GROUPED_DEVICES or not takes_grouped_product(x, w1.shape[1]):
-            rows = counts.tolist()
-            hidden = self.drop(F.gelu(_ExpertProducts.apply(x, w1.transpose(1, 2), b1, rows)))
-            return _ExpertProducts.apply(hidden, w2, b2, rows)
+        # A compiler must know shapes, so it is given no loop.
+        loops = x.device.type not in GROUPED_DEVICES and not torch.compiler.is_compiling()
+        if loops or not takes_grouped_product(x, w1.shape[1]):
+            return self.loop(x, (w1, b1, w2, b2), counts.tolist())
         offsets = counts.to(x.device).cumsum(0)
         expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
         member = F.one_hot(expert, self.num_local).to(x.dtype)  # n, El: its product with biases has a quick gradient
@@ -102,35 +106,50 @@ class Experts(nn.Module):
         x = torch.addmm(F.grouped_mm(x, w1.transpose(1, 2), offs=offsets), member, b1)
         return torch.addmm(F.grouped_mm(self.drop(F.gelu(x)), w2, offs=offsets), member, b2)
 
+    def loop(self, x: Tensor, weights: Sequence[Tensor], counts: list[int]) -> Tensor:
+        """As `grouped`, expert by expert. Without gradients GELU is in place: to ask for memory costs time."""
+        products, gelu = expert_products, torch.ops.aten.gelu_
+        if torch.is_grad_enabled():
+            products, gelu = _ExpertProducts.apply, F.gelu
+        w1, b1, w2, b2 = weights
+        x = self.drop(gelu(products(x, w1.transpose(1, 2), b1, counts)))
+        return products(x, w2, b2, counts)
+
     def extra_repr(self) -> str:
         shard = f", {self.shards} processes to each" if self.shards > 1 else ""
         return f"dim={self.dim}, hidden={self.hidden}, experts={self.num_local} of {self.num_experts}{shard}"
 
 
-class _ExpertProducts(torch.autograd.Function):
-    """Rows (n, C) sorted by expert, as many as ``counts`` says, times the weight (El, C, H) of each, plus its bias.
+def expert_products(x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+    """Rows (n, K) sorted by expert, ``counts`` of each, times its weight (El, K, N), plus its bias: (n, N).
 
-    In a loop; results and gradients are written where they belong, so nothing is cut up or put together.
+    In a loop, without gradients. Results are written where they belong, so nothing is put together.
     """
+    y = x.new_empty(len(x), weight.shape[2])
+    for i, (rows, result) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
+        product(rows, weight[i], bias[i], result)
+    return y
+
+
+class _ExpertProducts(torch.autograd.Function):
+    """`expert_products` with gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.counts = counts
-        y = x.new_empty(len(x), weight.shape[2])
-        for i, (rows, result) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
-            torch.addmm(bias[i], rows, weight[i], out=result)
-        return y
+        return expert_products(x, weight, bias, counts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
         grad_bias = grad.new_empty(weight.shape[0], weight.shape[2])
         parts = (part.split(ctx.counts) for part in (x, grad, grad_x))
         for i, (rows, grad_rows, result) in enumerate(zip(*parts, strict=True)):
-            torch.mm(grad_rows, weight[i].t(), out=result)
-            torch.mm(rows.t(), grad_rows, out=grad_weight[i])
+            product(grad_rows, weight[i].t(), out=result)
+            product(rows.t(), grad_rows, out=grad_weight[i])
             torch.sum(grad_rows, 0, out=grad_bias[i])
         return grad_x, grad_weight, grad_bias, None
 
