@@ -37,6 +37,7 @@ from launch import Session, Stopped, TimeIsUp
 from logger import ProgressBar
 from lr_scheduler import build_scheduler
 from meters import EpochMeters, write_scalars
+from models import trial
 from models.attention import resolve_backend
 from models.expert_parallel import (
     exclude_from_ddp,
@@ -185,7 +186,9 @@ def describe(session: Session, model: nn.Module) -> None:
         label: resolve_backend(name, session.device, session.amp_dtype, grad)
         for label, grad in (("training", True), ("evaluation", False))
     }
-    logger.info(f"attention backend {name}: {', '.join(f'{backend} in {label}' for label, backend in chosen.items())}")
+    tried = ", or what a trial finds to be faster" if name == "auto" and trial.is_wanted(session.device) else ""
+    chosen = ", ".join(f"{backend} in {label}" for label, backend in chosen.items())
+    logger.info(f"attention backend {name}: {chosen}{tried}")
     logger.info(f"number of params: {sum(p.numel() for p in model.parameters() if p.requires_grad)}")
     if any(expert_modules(model)):
         single, whole = parameter_counts(model)

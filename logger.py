@@ -13,7 +13,7 @@ DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 CLEAR_LINE = "\r\033[K"
 
 
-MODULES = ("data",)  # whose own loggers write to the run's log
+MODULES = ("data", "models.trial")  # whose own loggers write to the run's log
 
 
 def create_logger(output_dir: str, dist_rank: int = 0, name: str = "") -> logging.Logger:

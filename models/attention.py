@@ -2,7 +2,8 @@
 
 Linear layers act on each token alone, so they never see windows. Only `window_attention` does: it takes packed
 q, k, v in image order and gives the mixed values back in image order, so that a backend is free to roll and cut copies
-(``reference``, ``sdpa``; ``window_process`` in one go) or to address the map in place (``fused``).
+(``reference``, ``sdpa``; ``window_process`` in one go) or to address the map in place (``fused``). ``auto`` takes what
+is correct and, on a GPU, what a `trial` has found to be the fastest.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import window_attention as fused
 from kernels import window_process
 
+from . import trial
 from .layers import Pair, check_window, padded_resolution, relative_position_index
 from .linear import Linear, is_hooked, runs_plainly
 
@@ -138,31 +140,56 @@ def takes_fused(
     shift: tuple[int, int],
     dropout_p: float,
 ) -> bool:
-    """Whether the fused kernels attend. ``ValueError`` where they are asked to by name but cannot."""
-    if name != "fused" and not (name == "auto" and auto_fuses(qkv)):
+    """Whether the fused kernels attend, by ``name``. ``ValueError`` where they are asked to but cannot."""
+    if name != "fused":
         return False
-    resolution = tuple(qkv.shape[1:3])
-    padded = padded_resolution(resolution, window) != resolution
-    if dropout_p:
-        problem = f"it has no dropout of attention (attn_drop={dropout_p})"
-    elif mask is None and padded:
-        problem = "maps that are padded need their window_mask"
-    elif mask is not None and not padded and not any(shift):
-        problem = "it makes its masks itself and takes no other"
-    else:
-        problem = fused.unsupported(qkv.device, qkv.dtype, qkv.shape[3] // 3, num_heads, window, shift)
-    if problem and name == "fused":
+    problem = f"it has no dropout of attention (attn_drop={dropout_p})" if dropout_p else ""
+    problem = problem or fused_problem(qkv.device, qkv.dtype, qkv.shape, mask is not None, num_heads, window, shift)
+    if problem:
         raise ValueError(f"MODEL.ATTENTION_BACKEND='fused': {problem}; choose auto")
-    return not problem
+    return True
 
 
-def auto_fuses(qkv: Tensor) -> bool:
-    """Whether ``auto`` prefers the fused kernels there: on CPUs where they are built, but not for exported models."""
-    if qkv.device.type != "cpu":
-        return fused.KNOWN_FASTER
+def fused_problem(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    masked: bool,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+) -> str:
+    """Why the fused kernels cannot attend in maps of ``shape``, that of qkv; empty where they can."""
+    padded = padded_resolution(shape[1:3], window) != tuple(shape[1:3])
+    if padded and not masked:
+        return "maps that are padded need their window_mask"
+    if masked and not padded and not any(shift):
+        return "it makes its masks itself and takes no other"
+    return fused.unsupported(device, dtype, shape[3] // 3, num_heads, window, shift)
+
+
+@torch.compiler.assume_constant_result  # compilers run it while they trace, and keep the answer
+def fastest_backend(*kind) -> str:
+    """What ``auto`` stands for in a `trial.Call` of this kind, of plain values that compilers know."""
+    call = trial.Call(*kind).in_trial()
+    cannot = fused_problem(call.device, call.dtype, call.shape, call.masked, call.num_heads, call.window, call.shift)
+    rivals = () if cannot else ("fused",)
+    if window_process.is_built_for(call.device):
+        rivals += ("window_process",)
+    B, *resolution, _ = call.shape
+    windows = math.prod(padded_resolution(resolution, call.window)) // math.prod(call.window)
+    grid = windows * (call.num_heads if call.masked else B)
+    default = faster_on_windows(call.device, call.dtype, call.needs_grad, grid)
+    return trial.fastest(window_attention, call, default, rivals)
+
+
+def fuses_on_cpu(qkv: Tensor) -> bool:
+    """Whether ``auto`` prefers the kernel for CPUs: where it is built, but not in exported, traced or counted models."""
+    if qkv.device.type != "cpu" or not fused.serves_cpu(qkv.dtype):
+        return False
     if torch.compiler.is_compiling():
-        return fused.serves_cpu(qkv.dtype) and not torch.compiler.is_exporting()
-    return fused.serves_cpu(qkv.dtype) and type(qkv) is Tensor and runs_plainly()
+        return not torch.compiler.is_exporting()
+    return type(qkv) is Tensor and runs_plainly()
 
 
 def grid_size(q: Tensor, mask: Tensor | None) -> int:
@@ -199,6 +226,15 @@ def window_attention(
     """
     resolution, window = tuple(qkv.shape[1:3]), to_2tuple(window_size)
     shift = to_2tuple(shift_size)
+    if backend == "auto" and not dropout_p:
+        sizes = (num_heads, window, shift, mask is not None, logit_scale is not None, scale)
+        kind = trial.kind_of(qkv, bias, *sizes)
+        if kind is not None:
+            backend = fastest_backend(*kind)
+        elif fuses_on_cpu(qkv) and not fused_problem(
+            qkv.device, qkv.dtype, qkv.shape, mask is not None, num_heads, window, shift
+        ):
+            backend = "fused"
     if takes_fused(backend, qkv, mask, num_heads, window, shift, dropout_p):
         return fused.attend(qkv, bias, logit_scale, num_heads, window, shift, mask is not None, scale)
     partition, merge = window_process.partition_reference, window_process.merge_reference

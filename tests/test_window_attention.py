@@ -393,24 +393,6 @@ def test_kernels_compile_within_a_gpu_s_limits(capability, window, D, cosine, dt
 
 
 @outside
-def test_auto_waits_for_a_measurement():
-    """Until a GPU has shown that the kernels are faster."""
-    module = WindowAttention(8, 2, 1)
-    assert not attention.takes_fused("auto", torch.empty(1, 4, 4, 24, device="meta"), None, 1, (2, 2), (0, 0), 0.0)
-    assert module.backend == "auto" and module(torch.randn(1, 4, 4, 8)).shape == (1, 4, 4, 8)
-
-
-@outside
-def test_auto_takes_the_kernels_where_they_are_faster_and_can(monkeypatch):
-    monkeypatch.setattr(attention.fused, "KNOWN_FASTER", True)
-    monkeypatch.setattr(geometry, "unsupported_device", lambda device: "" if device.type == "meta" else "no")
-    takes = partial(attention.takes_fused, "auto", mask=None, num_heads=1, window=(2, 2), shift=(0, 0))
-    assert takes(qkv=torch.empty(1, 4, 4, 24, device="meta"), dropout_p=0.0)
-    assert not takes(qkv=torch.empty(1, 4, 4, 24, device="meta"), dropout_p=0.1)
-    assert not takes(qkv=torch.empty(1, 4, 4, 24, device="cpu"), dropout_p=0.0)
-
-
-@outside
 @pytest.mark.parametrize(
     "change, reason",
     [

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .geometry import INTERPRETED, unsupported
+from .geometry import INTERPRETED, products_are_tf32, unsupported
 from .operator import forward
 
-__all__ = ["KNOWN_FASTER", "attend", "serves_cpu", "unsupported"]
-
-# Whether a GPU has shown these kernels to be faster than PyTorch's, so that ``auto`` may take them. Not measured on a
-# GPU yet: benchmarks/kernels.py tells.
-KNOWN_FASTER = False
+__all__ = ["attend", "products_are_tf32", "serves_cpu", "unsupported"]
 
 
 def serves_cpu(dtype: torch.dtype) -> bool:

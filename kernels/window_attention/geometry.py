@@ -87,6 +87,11 @@ def power_of_2(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def products_are_tf32() -> bool:
+    """Whether PyTorch's products of float32 may be of TF32, and so those of the kernels."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def unsupported(
     device: torch.device,
     dtype: torch.dtype,
@@ -109,6 +114,7 @@ def unsupported(
     return unsupported_device(device)
 
 
+@torch.compiler.assume_constant_result  # compilers need not follow what it asks of the driver
 def unsupported_device(device: torch.device) -> str:
     """Why Triton's kernels cannot run there; empty where they can."""
     if not HAS_TRITON:

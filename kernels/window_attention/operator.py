@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .geometry import INTERPRETED, Geometry, is_whole
+from .geometry import INTERPRETED, Geometry, is_whole, products_are_tf32
 
 
 def _geometry(qkv: Tensor, num_heads: int, window: list[int], shift: list[int], masked: bool, cosine: bool) -> Geometry:
@@ -25,7 +25,7 @@ def _geometry(qkv: Tensor, num_heads: int, window: list[int], shift: list[int], 
         padded=bool(H % window[0] or W % window[1]),
         cosine=cosine,
         dtype=qkv.dtype,
-        precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",  # as PyTorch's products
+        precision="tf32" if products_are_tf32() else "ieee",
     )
 
 
