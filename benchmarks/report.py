@@ -10,12 +10,14 @@ def heading(result: dict) -> str:
 
 def table(result: dict) -> str:
     peers = " and ".join(result["peers"]) or "all candidates, since no peer ran"
+    took = ", ".join(f"{name} in {count}" for name, count in result.get("auto_took", {}).items())
+    auto = f" Of the kinds of call that auto tried it took {took}." if took else ""
     lines = [
         f"# {heading(result)}",
         "",
         f"{result['machine']}; {result['versions']}; {result['date']}; {result['rounds']} interleaved rounds. Measured "
         f"in this run: products of {result['flops'] / 1e12:.2f} TFLOP/s, copies of "
-        f"{result['bytes_per_second'] / 1e9:.0f} GB/s.",
+        f"{result['bytes_per_second'] / 1e9:.0f} GB/s.{auto}",
         "",
         f"| candidate | images/s (median) | times the fastest of {peers} | quartiles | peak memory, MiB "
         "| share of products | share of copies |",

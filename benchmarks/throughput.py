@@ -33,6 +33,7 @@ from benchmarks.machine import describe_machine, peak_memory, rate_steps, rates_
 from benchmarks.peers import MODELS, Builder, Model, candidates, versions  # noqa: E402
 from benchmarks.report import plot, table  # noqa: E402
 from benchmarks.timing import measure, ratios_to_best  # noqa: E402
+from models import trial  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -157,6 +158,7 @@ def benchmark(args: argparse.Namespace, batch: int, device: torch.device) -> dic
         **{"model": model.title, "mode": "training step" if args.train else "inference", "dtype": args.dtype},
         **{"compiled": args.compile, "batch": batch, "machine": describe_machine(device), "versions": versions()},
         **{"date": date.today().isoformat(), "rounds": args.rounds, "peers": peers, "left_out": failed, **rates},
+        "auto_took": trial.outcomes(),
         "rows": sorted(rows, key=lambda row: -row["ratio_to_best_peer"]),
     }
 

@@ -8,6 +8,7 @@ itself, and close calls may end differently in another run; a backend that is na
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -129,6 +130,11 @@ def time_on_cuda(passes: Passes) -> dict[str, float]:
 
 CLOCKS: dict[str, Callable[[Passes], dict[str, float]]] = {"cuda": time_on_cuda}  # by the type of device
 CHOSEN: dict[tuple, str] = {}
+
+
+def outcomes() -> dict[str, int]:
+    """How many kinds of call each backend has won so far."""
+    return dict(Counter(CHOSEN.values()))
 
 
 def is_wanted(device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """The benchmarks' parts on small numbers, and the order of steps of benchmarks/gpu.py with steps that fail."""
 
+import json
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from conftest import ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu
+from benchmarks import gpu, targets
 from benchmarks.gpu import STEPS, Step, best_backend, quick, run_all, summary
 from benchmarks.machine import peak_memory, rate_steps, rates_of
 from benchmarks.peers import MODELS, candidates, usable_backends
@@ -108,6 +109,9 @@ def test_a_result_is_a_table_and_a_plot():
     assert text.startswith("# Swin-T, inference, compiled, bf16, batch 8\n")
     assert "| ours, auto | 30.0 | 2.000 | 1.500 to 2.500 | 1024 | 50% | 25% |" in text
     assert "products of 1.00 TFLOP/s, copies of 10 GB/s" in text and "Left out: torchvision: no" in text
+    assert "auto" not in text.splitlines()[2]
+    took = table({**result, "auto_took": {"fused": 5, "sdpa": 2}}).splitlines()[2]
+    assert took.endswith("Of the kinds of call that auto tried it took fused in 5, sdpa in 2.")
     colors = {color for _, color in plot(result).getcolors(1 << 20)}
     assert (0x2A, 0x6F, 0x97) in colors and (0xB5, 0x65, 0x1D) in colors
 
@@ -151,6 +155,25 @@ def test_profiles_take_the_backend_that_was_fastest(tmp_path):
     assert best_backend(STEPS[1], tmp_path) == ()
 
 
+def test_targets_are_met_missed_or_not_measured(tmp_path):
+    assert targets.section(tmp_path) == ""
+    rows = [
+        {"candidate": "ours, fused", "images_per_second": 9500.0, "ratio_to_best_peer": 1.49, "peak_bytes": 7.0},
+        {"candidate": "ours, auto", "images_per_second": 9000.0, "ratio_to_best_peer": 1.4, "peak_bytes": 9.0},
+        {"candidate": "timm", "images_per_second": 6000.0, "ratio_to_best_peer": 1.0, "peak_bytes": 10.0},
+    ]
+    path = tmp_path / "throughput-swin_tiny-cuda-train-compiled-bf16-b128.json"
+    path.write_text(json.dumps({"rows": rows}))
+    text = targets.section(tmp_path)
+    assert "| Swin-T training, images/s | at least 9500 | 9500 | met |" in text
+    assert "| Swin-T training, compiled, times the fastest peer | at least 1.50 | 1.49 | missed |" in text
+    assert "| Swin-T training, compiled, peak memory as a share of timm's | at most 0.70 | 0.70 | met |" in text
+    assert "| Swin-T training, eager, peak memory as a share of timm's | at most 0.70 | - | not measured |" in text
+    assert "| Swin-B inference, images/s | at least 12000 | - | not measured |" in text
+    path.write_text(json.dumps({"rows": rows[:2]}))  # without a peer the ratio is to ourselves
+    assert "times the fastest peer | at least 1.50 | - | not measured |" in targets.section(tmp_path)
+
+
 def test_the_quick_run_has_every_kind_of_step():
     small = {step.name for step in quick(STEPS)}
     assert small == {step.name for step in STEPS if "compiled" not in step.name and "Swin-B" not in step.name}
@@ -172,5 +195,5 @@ def test_the_quick_run_makes_every_table(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     kinds = {path.name.split("-")[0] for path in tmp_path.glob("*.md")}
-    assert kinds == {"gpu.md", "kernels", "throughput", "profile"}
+    assert kinds == {"gpu.md", "kernels", "throughput", "profile", "moe"}
     assert len(list(tmp_path.glob("throughput-*.png"))) == 2 and len(list(tmp_path.glob("profile-*.md"))) == 2

@@ -206,6 +206,7 @@ def test_models_take_what_was_found(clock, kernels):
     first, again = model(images), model(images)
     assert len(clock.asked) == 2  # with a shift, and without
     assert kernels.count((3, 4, 4, 24)) == 4 and kernels.count((2, 4, 4, 24)) == 4  # a trial runs it twice
+    assert trial.outcomes() == {"fused": 2}
     set_attention_backend(model, "sdpa")
     torch.testing.assert_close(first, model(images))
     assert torch.equal(first, again) and len(clock.asked) == 2

@@ -18,6 +18,7 @@ from conftest import ROOT, fill, golden, golden_images, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.kernels import SHAPES
 from kernels.window_attention import attend, geometry, operator, reference
 from kernels.window_attention.geometry import Geometry, is_whole
 from models import attention, build_model
@@ -325,10 +326,12 @@ def compile_for(kernel, shape: Geometry, capability: int):
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from kernels.window_attention import triton_kernels
+
     constants = shape.constants()
     if not shape.cosine:
         constants["logit_scale"] = None
-    types = {**dict.fromkeys(("windows", "programs", "H", "W"), "i32"), "scale": "fp32"}
+    types = {**dict.fromkeys(triton_kernels.SIZES, "i32"), "scale": "fp32"}
     types |= dict.fromkeys(("qkv", "out", "grad", "grad_qkv"), f"*{ELEMENTS[shape.dtype]}")
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
@@ -344,6 +347,12 @@ def stack_bytes(compiled, folder) -> int:
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", folder / "kernel.cubin"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def kernels_for(window: tuple[int, int], D: int) -> list[str]:
+    if is_whole(window, D):
+        return ["forward_whole", "backward_whole"]
+    return ["forward_tiled", "backward_queries", "backward_keys", "backward_bias"]
 
 
 # Capability, window, width of a head, cosine, dtype, precision of float32.
@@ -383,13 +392,35 @@ def test_kernels_compile_within_a_gpu_s_limits(capability, window, D, cosine, dt
 
     half = (window[0] // 2, window[1] // 2)
     shape = Geometry(4, D, window, half, True, padded=D == 64, cosine=cosine, dtype=dtype, precision=precision)
-    names = ["forward_whole", "backward_whole"]
-    if not is_whole(window, D):
-        names = ["forward_tiled", "backward_queries", "backward_keys", "backward_bias"]
-    for name in names:
+    for name in kernels_for(window, D):
         compiled = compile_for(getattr(triton_kernels, name), shape, capability)
         assert compiled.metadata.shared <= 99 * 1024, name
         assert stack_bytes(compiled, tmp_path) < 640, name
+
+
+@outside
+@pytest.mark.parametrize(
+    "window, cosine",
+    [
+        pytest.param(shape.window, shape.cosine, marks=[] if shape.window == 7 else pytest.mark.slow)
+        for shape in {shape.window: shape for shape in SHAPES}.values()
+    ],
+)
+def test_stages_of_swin_keep_to_registers_and_move_16_bytes_at_once(window, cosine, tmp_path):
+    """On sm_90 in bfloat16: the next tile is copied while one is worked on, and hardly a register spills."""
+    pytest.importorskip("triton")
+    from kernels.window_attention import triton_kernels
+
+    window, half = (window, window), (window // 2, window // 2)
+    shape = Geometry(4, 32, window, half, True, False, cosine, torch.bfloat16, "ieee")
+    for name in kernels_for(window, 32):
+        compiled = compile_for(getattr(triton_kernels, name), shape, 90)
+        assert stack_bytes(compiled, tmp_path) <= 64, name
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", compiled.asm["ptx"])
+        assert "cp.async.wait_group" in compiled.asm["ptx"] and "0x10" in copies, name
+        assert "forward" not in name or set(copies) == {"0x10"}, (
+            name
+        )  # backward passes also read a number of each query
 
 
 @outside

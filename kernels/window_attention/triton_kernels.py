@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SIZES = ("windows", "programs", "H", "W")  # their values are not compiled in: one kernel serves every batch
 BETWEEN_REGIONS = tl.constexpr(-100.0 * 1.4426950408889634)  # models.layers.MASKED in base 2
 
 
@@ -128,7 +129,7 @@ def _through_norm(grad, x, COSINE: tl.constexpr, EPS: tl.constexpr):
     return grad, tl.zeros([x.shape[0]], tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_whole(
     qkv,
     bias,
@@ -180,7 +181,7 @@ def forward_whole(
         tl.store(lse + row, highest + tl.log2(total), mask=token < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_whole(
     qkv,
     bias,
@@ -256,7 +257,7 @@ def backward_whole(
         tl.store(grad_scale + tl.program_id(0), tl.sum(scale_sum, 0) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_tiled(
     qkv,
     bias,
@@ -317,7 +318,7 @@ def forward_tiled(
     tl.store(lse + row, highest + tl.log2(total), mask=query < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_queries(
     qkv,
     bias,
@@ -388,7 +389,7 @@ def backward_queries(
         tl.store(grad_scale + tl.program_id(0), tl.sum(cosines, 0) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_keys(
     qkv,
     bias,
@@ -450,7 +451,7 @@ def backward_keys(
     _store(grad_qkv, grad_v, place, exists, head * D + 2 * C, 3 * C, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_bias(
     qkv,
     bias,
