@@ -99,7 +99,7 @@ QUICK = {
 
 def quick(steps: tuple[Step, ...]) -> list[Step]:
     return [
-        Step(step.name, (*step.arguments, *extra), step.limit)
+        Step(step.name, (*step.arguments, *extra), 300)  # a CPU may be slow, and busy
         for step in steps
         for start, extra in QUICK.items()
         if step.name.startswith(start)

@@ -1,6 +1,7 @@
 """models/trial.py: when a faster backend is taken, and when nothing is tried. Times are given here, never measured."""
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -306,11 +307,11 @@ def test_a_real_trial(dtype, needs_grad, monkeypatch, caplog):
     ours = window_attention(qkv, bias, mask, **sizes, backend="auto")
     theirs = window_attention(qkv, bias, mask, **sizes, backend="sdpa")
     error = (ours - theirs).float().norm() / theirs.float().norm()
-    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-3)
     del ours, theirs, error
     assert torch.cuda.memory_allocated() == before
     (said,) = caplog.messages
-    assert said.startswith("attention in 8 maps of 56x56") and "fused 0." in said and "sdpa 0." in said
+    assert re.match(r"attention in 8 maps of 56x56.* is taken \(fused \d+\.\d{3} ms; .*sdpa \d+\.\d{3} ms\)$", said)
 
 
 @pytest.mark.gpu
