@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -172,7 +173,9 @@ def _computes_plainly() -> bool:
 
 def _try(attend: Attend, call: Call, default: str, rivals: tuple[str, ...]) -> str:
     try:
-        name, facts = _compare(attend, call, default, rivals)
+        # A thread begins on the first GPU, whichever is its parent's.
+        with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
+            name, facts = _compare(attend, call, default, rivals)
     except Exception as err:  # such as no memory for the trial
         name, facts = default, [_reason(err)]
     logger.info(f"{call}: {name} is taken ({'; '.join(facts)})")

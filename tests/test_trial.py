@@ -2,6 +2,7 @@
 
 import logging
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from models.swin_transformer import SwinTransformer
 from models.trial import Call, fastest
 
 CPU = torch.device("cpu")
+draw = trial._draw
 CALL = Call(
     **{"device": CPU, "dtype": torch.float32, "bias_dtype": torch.float32, "shape": (2, 4, 4, 24), "num_heads": 2},
     **{"window": (2, 2), "shift": (1, 1), "masked": True, "cosine": False, "scale": 0.5},
@@ -161,6 +163,16 @@ def test_no_mode_of_the_caller_s_reaches_a_trial(clock):
     with torch.autograd.graph.saved_tensors_hooks(never, never):
         assert fastest(attend, replace(CALL, scale=0.1), "sdpa", ("fused",)) == "fused"
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trial_takes_place_on_the_device_of_the_call(clock, monkeypatch):
+    entered, device = [], torch.device("cuda", 1)
+    monkeypatch.setitem(trial.CLOCKS, "cuda", clock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(trial, "_is_captured", lambda device: False)
+    monkeypatch.setattr(trial, "_draw", lambda call: draw(replace(call, device=CPU)))
+    assert fastest(Attend(), replace(CALL, device=device), "sdpa", ("fused",)) == "fused"
+    assert entered == [device]
 
 
 def test_nothing_is_tried_where_every_run_must_be_the_same(clock):

@@ -284,6 +284,23 @@ def test_training_takes_less_memory_than_with_copies():
     assert peaks["fused"] < peaks["sdpa"]
 
 
+@pytest.mark.gpu
+@outside
+@pytest.mark.parametrize("window, heads, D", [((7, 7), 3, 32), ((8, 8), 2, 48)])  # whole windows, and tiles of them
+def test_maps_of_more_numbers_than_32_bits_count(window, heads, D):
+    """The last maps of 2^31 numbers and more get the results that they get alone."""
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
+    shift = (3, 3)
+    few, bias, _ = draw(4, 56, 56, heads, D, window, False, torch.bfloat16, "cuda")
+    arguments = (heads, window, shift, True, D**-0.5)
+    expected = run(attend, [few, bias, None], None, arguments)
+    many = few.repeat(2**31 // few.numel() + 1, 1, 1, 1)
+    results = run(attend, [many, bias, None], None, arguments)
+    assert many.numel() > 2**31
+    assert all(torch.equal(a[-4:], b) for a, b in zip(results[:2], expected[:2], strict=True))
+
+
 # --- Without a GPU ----------------------------------------------------------------------------------------------------
 
 
