@@ -184,7 +184,7 @@ def fastest_backend(*kind) -> str:
 
 
 def fuses_on_cpu(qkv: Tensor) -> bool:
-    """Whether ``auto`` prefers the kernel for CPUs: where it is built, but not in exported, traced or counted models."""
+    """Whether ``auto`` prefers the kernel for CPUs: where it is built, not in exported, traced or counted models."""
     if qkv.device.type != "cpu" or not fused.serves_cpu(qkv.dtype):
         return False
     if torch.compiler.is_compiling():
