@@ -189,7 +189,7 @@ def fuses_on_cpu(qkv: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return type(qkv) is Tensor and runs_plainly()
+    return type(qkv) is Tensor and trial.computes_plainly()
 
 
 def grid_size(q: Tensor, mask: Tensor | None) -> int:

@@ -92,7 +92,7 @@ def kind_of(
     if not is_wanted(qkv.device) or type(qkv) is not Tensor:
         return None
     compiled = torch.compiler.is_compiling()
-    if not (compiled or _computes_plainly()):
+    if not (compiled or computes_plainly()):
         return None
     shape = _known_sizes(qkv) if compiled else tuple(qkv.shape)
     if 0 in shape:
@@ -163,7 +163,8 @@ def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _computes_plainly() -> bool:
+def computes_plainly() -> bool:
+    """Whether numbers are computed here and now, by PyTorch itself; asked outside of compilers."""
     return (
         runs_plainly()
         and forward_ad._current_level < 0

@@ -12,7 +12,7 @@ from conftest import ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, targets
+from benchmarks import gpu, moe, targets
 from benchmarks.gpu import STEPS, Step, best_backend, quick, run_all, summary
 from benchmarks.machine import peak_memory, rate_steps, rates_of
 from benchmarks.peers import MODELS, candidates, usable_backends
@@ -197,3 +197,17 @@ def test_the_quick_run_makes_every_table(tmp_path):
     kinds = {path.name.split("-")[0] for path in tmp_path.glob("*.md")}
     assert kinds == {"gpu.md", "kernels", "throughput", "profile", "moe"}
     assert len(list(tmp_path.glob("throughput-*.png"))) == 2 and len(list(tmp_path.glob("profile-*.md"))) == 2
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_experts_are_timed_without_tutel(monkeypatch, inference):
+    """Where it cannot be imported, and where what it gives cannot be used."""
+    args = Namespace(dim=16, top=2, dtype="fp32", inference=inference, rounds=2, repeats=1)
+    for layer, reason in ((None, "pip install"), (lambda *settings: nn.Linear(16, 16), "l_aux")):
+        monkeypatch.setitem(sys.modules, "tutel", None)
+        if layer:
+            monkeypatch.setattr(moe, "tutel_layer", layer)
+        rows, lacking = moe.compare(args, 8, 4, CPU)
+        assert reason in lacking and "\n" not in lacking
+        assert [row["candidate"] for row in rows] == ["capacity", "dropless", moe.LOOP, "dense MLP"]
+        assert all((row["kept_megabytes"] is None) == inference for row in rows)

@@ -204,7 +204,8 @@ def kernels(clock, monkeypatch) -> list:
         return reference.attend(*arguments)
 
     monkeypatch.setattr(attention.fused, "attend", attend)
-    monkeypatch.setattr(geometry, "unsupported_device", lambda device: "")
+    monkeypatch.setattr(attention.fused, "unsupported", lambda *call: "")
+    monkeypatch.setattr(attention.fused, "serves_cpu", lambda dtype: False)
     monkeypatch.setattr(attention.window_process, "is_built_for", lambda device: False)
     return calls
 
