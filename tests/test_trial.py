@@ -204,7 +204,7 @@ def kernels(clock, monkeypatch) -> list:
         return reference.attend(*arguments)
 
     monkeypatch.setattr(attention.fused, "attend", attend)
-    monkeypatch.setattr(attention.fused, "unsupported", lambda *call: "")
+    monkeypatch.setattr(geometry.cpu, "unsupported", lambda dtype: "")
     monkeypatch.setattr(attention.fused, "serves_cpu", lambda dtype: False)
     monkeypatch.setattr(attention.window_process, "is_built_for", lambda device: False)
     return calls
