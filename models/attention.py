@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import window_attention as fused
@@ -144,6 +145,8 @@ def takes_fused(
     if name != "fused":
         return False
     problem = f"it has no dropout of attention (attn_drop={dropout_p})" if dropout_p else ""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        problem = "it has no forward-mode derivatives"
     problem = problem or fused_problem(qkv.device, qkv.dtype, qkv.shape, mask is not None, num_heads, window, shift)
     if problem:
         raise ValueError(f"MODEL.ATTENTION_BACKEND='fused': {problem}; choose auto")
@@ -341,8 +344,8 @@ class AttentionBase(nn.Module):
 
         Args:
             x: windows that are cut already (B * nW, N, C), as officially, or maps in image order (B, H, W, C).
-            mask: (nW, N, N), what to add to the logits of each kind of window, or None. Maps that are no whole number
-                of windows need their `layers.window_mask`.
+            mask: (nW, N, N), what to add to the logits of each kind of window, or None. For maps that are shifted, or
+                no whole number of windows, their `layers.window_mask`, which fused kernels make by themselves.
             shift_size: of the windows of maps.
 
         Returns:
@@ -375,11 +378,17 @@ class AttentionBase(nn.Module):
             and x.device.type == "cpu"
             and x.numel() > 0
             and not torch.is_grad_enabled()
-            and (self.backend == "sdpa" or (self.backend == "auto" and not fused.serves_cpu(x.dtype)))
+            and (self.backend == "sdpa" or (self.backend == "auto" and not self._fuses(x)))
             and self.dropout_p == 0.0
             and padded_resolution(x.shape[1:3], self.window_size) == tuple(x.shape[1:3])
             and not any(is_hooked(layer) for layer in (self.qkv, self.proj, self.proj_drop))
         )
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether ``auto`` has a kernel for maps like these on a CPU."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        geometry = (self.dim, self.num_heads, self.window_size, (0, 0))
+        return fused.serves_cpu(dtype) and not fused.unsupported(x.device, dtype, *geometry)
 
     def _forward_gathered(self, x: Tensor, mask: Tensor | None, shift_size: tuple[int, int]) -> Tensor:
         """`forward` of maps with a tenth of the copying: tokens go to their windows, and back, as whole rows.

@@ -31,4 +31,7 @@ def keep_all() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(MMAP_THRESHOLD, 2**30) and mallopt(TRIM_THRESHOLD, -1))
+    if mallopt is None:
+        return False
+    largest = mallopt(MMAP_THRESHOLD, 2**30) or mallopt(MMAP_THRESHOLD, 2**25)  # older releases take no more
+    return bool(largest and mallopt(TRIM_THRESHOLD, -1))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kernels import SHAPES
-from kernels.window_attention import attend, geometry, operator, reference
+from kernels.window_attention import attend, geometry, operators, reference
 from kernels.window_attention.geometry import Geometry, is_whole
 from models import attention, build_model
 from models.attention import AttentionBase, set_attention_backend
@@ -155,10 +155,10 @@ def test_opcheck(device, cosine, D):
     inputs = draw(1, 2, 3, 1, D, (2, 3), cosine, torch.float32, device)
     inputs = [x if x is None else x.requires_grad_() for x in inputs]
     arguments = (1, [2, 3], [1, 1], True, 0.3)
-    torch.library.opcheck(operator.forward, (*inputs, *arguments))
+    torch.library.opcheck(operators.forward, (*inputs, *arguments))
     with torch.no_grad():
-        out, lse = operator.forward(*inputs, *arguments)
-    torch.library.opcheck(operator.backward, (out, *inputs, out, lse, *arguments), test_utils="test_faketensor")
+        out, lse = operators.forward(*inputs, *arguments)
+    torch.library.opcheck(operators.backward, (out, *inputs, out, lse, *arguments), test_utils="test_faketensor")
 
 
 @on_each_device

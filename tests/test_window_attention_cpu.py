@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_window_attention import MODELS, check_same, compare, draw, logits_and_gradients, run, shapes
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.window_attention import attend, cpu, geometry, operator, reference
+from kernels.window_attention import attend, cpu, geometry, operators, reference
 from models import attention, build_model
 from models.attention import set_attention_backend
 from models.layers import window_mask
@@ -124,13 +124,43 @@ def test_very_negative_logits_weigh_nothing_and_large_ones_do_not_overflow(exten
     torch.testing.assert_close(attend(qkv, bias, None, 1, (2, 2), (0, 0), False, 1.0).double(), expected)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["q", "k", "v", "bias", "grad"])
+def test_what_is_not_finite_shows_where_it_does_in_float64(extension, place, bad):
+    qkv, bias, _ = draw(1, 4, 4, 1, 8, (2, 4), False, torch.float32)
+    grad = torch.ones(1, 4, 4, 8)
+    if place == "grad":
+        grad[0, 0, 1, 2] = bad
+    elif place == "bias":
+        bias[0, 1, 2] = bad
+    else:
+        qkv[0, 0, 1, "qkv".index(place) * 8 + 2] = bad
+    arguments = (1, (2, 4), (0, 0), False, 0.3)
+    expected = run(reference.attend, [qkv.double(), bias.double(), None], grad.double(), arguments)
+    for ours, theirs in zip(run(attend, [qkv, bias, None], grad, arguments), expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+def test_second_and_forward_mode_derivatives_are_refused(extension):
+    qkv, bias, _ = draw(1, 4, 4, 1, 8, (2, 2), False, torch.float32)
+    qkv.requires_grad_()
+    out = attend(qkv, bias, None, 1, (2, 2), (0, 0), False, 1.0)
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivatives; choose MODEL.ATTENTION_BACKEND reference"):
+        grad.sum().backward()
+    layer = WindowAttention(16, 4, 2).requires_grad_(False)
+    layer.backend = "fused"
+    with pytest.raises(ValueError, match="it has no forward-mode derivatives; choose auto"):
+        torch.func.jvp(layer, (torch.randn(1, 8, 8, 16),), (torch.randn(1, 8, 8, 16),))
+
+
 def test_opcheck(extension):
     inputs = [x.requires_grad_() for x in draw(1, 2, 3, 1, 8, (2, 3), True, torch.float32)]
     arguments = (1, [2, 3], [1, 1], True, 0.3)
-    torch.library.opcheck(operator.forward, (*inputs, *arguments))
+    torch.library.opcheck(operators.forward, (*inputs, *arguments))
     with torch.no_grad():
-        out, lse = operator.forward(*inputs, *arguments)
-    torch.library.opcheck(operator.backward, (out, *inputs, None, lse, *arguments), test_utils="test_faketensor")
+        out, lse = operators.forward(*inputs, *arguments)
+    torch.library.opcheck(operators.backward, (out, *inputs, None, lse, *arguments), test_utils="test_faketensor")
 
 
 def test_inputs_need_not_be_contiguous_and_batches_may_be_empty(extension):
@@ -141,8 +171,9 @@ def test_inputs_need_not_be_contiguous_and_batches_may_be_empty(extension):
     assert not qkv.is_contiguous() and not bias.is_contiguous()
     for a, b in zip(run(attend, [qkv, bias, None], qkv[..., :16], arguments), expected, strict=True):
         assert torch.equal(a, b)
-    nothing = run(attend, [qkv[:0], bias, None], None, arguments)
-    assert nothing[0].shape == (0, 4, 6, 16) and not nothing[2].any()
+    for empty in (qkv[:0], qkv[:, :0]):
+        nothing = run(attend, [empty, bias, None], None, arguments)
+        assert nothing[0].shape == (*empty.shape[:3], 16) and not nothing[2].any()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +181,8 @@ def test_inputs_need_not_be_contiguous_and_batches_may_be_empty(extension):
     [
         ({"qkv": torch.zeros(1, 4, 4, 25)}, "qkv must be"),
         ({"qkv": torch.zeros(1, 4, 4, 24, dtype=torch.float64)}, "float32 or bfloat16"),
+        ({"qkv": torch.zeros(1, 4, 24, 4).mT}, "must be contiguous"),
+        ({"bias": torch.zeros(1, 4, 1).expand(1, 4, 4)}, "must be contiguous"),
         ({"window": [2, 0]}, "window must be two positive numbers"),
         ({"shift": [2, 0]}, "shift must be two numbers within the window"),
         ({"bias": torch.zeros(1, 4, 3)}, "bias must be"),
@@ -161,6 +194,15 @@ def test_wrong_arguments_are_errors_not_crashes(extension, change, message):
     call |= {"window": [2, 2], "shift": [0, 0], "masked": False, "scale": 1.0} | change
     with pytest.raises(RuntimeError, match=message):
         extension.attend(**call)
+    with pytest.raises(RuntimeError, match=message):
+        extension.attend_backward(torch.zeros(1, 4, 4, 8), **call)
+
+
+@pytest.mark.parametrize("grad", [torch.zeros(1), torch.zeros(1, 4, 4, 8).bfloat16(), torch.zeros(1, 4, 8, 4).mT])
+def test_gradients_of_another_shape_type_or_order_are_errors(extension, grad):
+    qkv, bias, _ = draw(1, 4, 4, 1, 8, (2, 2), False, torch.float32)
+    with pytest.raises(RuntimeError, match="grad must be"):
+        extension.attend_backward(grad, qkv, bias, None, 1, [2, 2], [0, 0], False, 1.0)
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

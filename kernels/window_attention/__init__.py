@@ -2,7 +2,7 @@
 
 B maps of H x W tokens, windows of N tokens, nH heads of D channels, C = nH * D. Shift, partition, padding, bias, mask,
 softmax and their inverses happen within the kernels, by addressing: no copy of the map and no scores reach memory.
-`geometry` says what is possible, `operator` is what PyTorch sees, `launch` starts `triton_kernels`, `cpu` calls the
+`geometry` says what is possible, `operators` is what PyTorch sees, `launch` starts `triton_kernels`, `cpu` calls the
 extension built from ``csrc/``, and `reference` says what they compute.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu
 from .geometry import INTERPRETED, products_are_tf32, unsupported
-from .operator import forward
+from .operators import forward
 
 __all__ = ["attend", "products_are_tf32", "serves_cpu", "unsupported"]
 

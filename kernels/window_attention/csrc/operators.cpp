@@ -49,13 +49,15 @@ const Code& choose_code(int64_t lanes) {
 // Tensors of one call, kept while it runs.
 struct Inputs {
   Tensor qkv, bias;
-  std::vector<float> logit_scale, padded_bias;
+  std::vector<float> logit_scale{}, padded_bias{};
 };
 
 Call make_call(Inputs& in, const MaybeTensor& logit_scale, int64_t heads, const Numbers& window, const Numbers& shift,
                bool masked, double scale, const Code& code) {
   const Tensor& qkv = in.qkv;
   require(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0, "qkv must be (B, H, W, 3 * heads * d)");
+  require(qkv.is_contiguous() && in.bias.is_contiguous() && (!logit_scale || logit_scale->is_contiguous()),
+          "qkv, bias and logit_scale must be contiguous");
   const auto type = qkv.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::BFloat16, "qkv must be float32 or bfloat16");
   require(window.size() == 2 && std::min(window[0], window[1]) > 0, "window must be two positive numbers");
@@ -115,6 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, const Ten
   const Code& code = choose_code(lanes);
   Inputs in{qkv, bias};
   Call call = make_call(in, logit_scale, heads, window, shift, masked, scale, code);
+  require(grad.dim() == 4 && grad.size(0) == qkv.size(0) && grad.size(1) == call.H && grad.size(2) == call.W &&
+              grad.size(3) == heads * call.width && grad.scalar_type() == qkv.scalar_type() && grad.is_contiguous(),
+          "grad must be (B, H, W, heads * d), contiguous, of qkv's type");
   const int64_t N = call.tokens(), head_sums = N * call.columns, sums = heads * head_sums;
   const int64_t most = std::max<int64_t>(1, kSumsBytes / (sums * static_cast<int64_t>(sizeof(float))));
   call.chunks = std::max<int64_t>(1, std::min({call.windows, (kUnits + heads - 1) / heads, most}));

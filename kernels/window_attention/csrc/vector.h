@@ -28,7 +28,7 @@ inline float sum(Vector x) {
   return total;
 }
 
-// exp(x) for x <= 0, to 2e-7; 0 below -86, where floats end.
+// exp(x) for x <= 0, to 2e-7; 0 below -86, where floats end; NaN stays NaN.
 // x = n ln 2 + r with a whole n and |r| <= ln 2 / 2; exp(r) is its Taylor polynomial, 2^n an addition to the exponent.
 inline Vector exponential(Vector x) {
   const Vector bounded = larger(x, all(-86.0f));
@@ -47,7 +47,7 @@ inline Vector exponential(Vector x) {
   __builtin_memcpy(&power, &shifted, sizeof power);
   bits += power << 23;
   __builtin_memcpy(&y, &bits, sizeof y);
-  return x < -86.0f ? Vector{} : y;
+  return x < -86.0f ? Vector{} : (x == x ? y : x);
 }
 
 // c (R x C vectors) = a b over K terms; row r of a has its term k at r * a_row + k * a_term.

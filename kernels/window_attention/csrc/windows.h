@@ -251,6 +251,7 @@ void backward(const Call& call, int64_t begin, int64_t end) {
     float* grad_bias = call.grad_bias + unit * N * columns;
     const float factor = factor_of(call, head);
     const int64_t start = chunk * call.windows / call.chunks, stop = (chunk + 1) * call.windows / call.chunks;
+    if (start == stop) continue;  // no windows: maps without tokens
     locate(call, start, next);
     for (int64_t number = start; number < stop; ++number) {
       std::swap(window, next);

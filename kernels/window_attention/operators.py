@@ -124,4 +124,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     return grad_qkv, grad_bias, grad_scale if ctx.needs_input_grad[2] else None, *none
 
 
+def _refuse(ctx: Any, *grads: Tensor | None) -> tuple:
+    raise NotImplementedError(
+        "fused window attention has no second derivatives; choose MODEL.ATTENTION_BACKEND reference"
+    )
+
+
 forward.register_autograd(_differentiate, setup_context=_save)
+backward.register_autograd(_refuse)
