@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import distributed  # noqa: E402 - a script outside the root
-from benchmarks.machine import describe_machine, machine_rates  # noqa: E402
+from benchmarks.machine import describe_machine, kind_of_machine, machine_rates  # noqa: E402
 from benchmarks.throughput import DTYPES  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
 from kernels import window_process  # noqa: E402
@@ -197,7 +197,7 @@ def main() -> None:
         "left_out": [name for name in (*ATTEND, "fused") if name not in seen],
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / f"kernels-{device.type}-{dtype_name}-b{batch}"
+    stem = args.output / f"kernels-{kind_of_machine(device)}-{dtype_name}-b{batch}"
     stem.with_suffix(".md").write_text(table(rows, facts))
     stem.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     sys.stdout.write(table(rows, facts))

@@ -16,7 +16,14 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def kind_of_machine(device: torch.device) -> str:
+    """For names of files: ``cuda``, or ``cpu`` with the instructions that PyTorch uses, which decide its speed."""
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+    return f"cpu-{capability}" if device.type == "cpu" else device.type
 
 
 def _cpu_info() -> list[str]:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import distributed  # noqa: E402 - a script outside the root
-from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.machine import describe_machine, kind_of_machine  # noqa: E402
 from benchmarks.throughput import DTYPES  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
 from models.layers import Mlp  # noqa: E402
@@ -236,7 +236,7 @@ def main() -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     mode = "inference" if args.inference else "train"
-    stem = f"moe-{device.type}-{mode}-{args.dtype}-c{args.dim}-top{args.top}"
+    stem = f"moe-{kind_of_machine(device)}-{mode}-{args.dtype}-c{args.dim}-top{args.top}"
     (args.output / f"{stem}.md").write_text(table(rows, facts))
     (args.output / f"{stem}.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     sys.stdout.write(table(rows, facts))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import distributed  # noqa: E402 - a script outside the root
-from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.machine import describe_machine, kind_of_machine  # noqa: E402
 from benchmarks.peers import MODELS, versions, with_backend  # noqa: E402
 from benchmarks.throughput import DTYPES, prepare  # noqa: E402
 from models.attention import BACKENDS  # noqa: E402
@@ -81,7 +81,7 @@ def main() -> None:
     title = f"Profile: {MODELS[args.model].title}, {args.backend}, {mode}, {args.dtype}, batch {args.batch_size}"
     machine = f"{describe_machine(device)}; {versions()}"
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / f"profile-{args.model}-{device.type}-{mode}-{args.dtype}-b{args.batch_size}"
+    stem = args.output / f"profile-{args.model}-{kind_of_machine(device)}-{mode}-{args.dtype}-b{args.batch_size}"
     stem.with_suffix(".md").write_text(table(rows, title, machine))
     stem.with_suffix(".json").write_text(
         json.dumps({"title": title, "machine": machine, "rows": rows}, indent=2) + "\n"

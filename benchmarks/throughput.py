@@ -29,7 +29,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import distributed  # noqa: E402 - a script outside the root
-from benchmarks.machine import describe_machine, peak_memory, rate_steps, rates_of  # noqa: E402
+from benchmarks.machine import (  # noqa: E402
+    describe_machine,
+    kind_of_machine,
+    peak_memory,
+    rate_steps,
+    rates_of,
+)
 from benchmarks.peers import MODELS, Builder, Model, candidates, versions  # noqa: E402
 from benchmarks.report import plot, table  # noqa: E402
 from benchmarks.timing import measure, ratios_to_best  # noqa: E402
@@ -186,7 +192,7 @@ def main() -> None:
             result = benchmark(args, batch, device)
         except ValueError as err:
             parser.error(str(err))
-        stem = f"throughput-{args.model}-{device.type}-{mode}-{args.dtype}-b{batch}"
+        stem = f"throughput-{args.model}-{kind_of_machine(device)}-{mode}-{args.dtype}-b{batch}"
         (args.output / f"{stem}.md").write_text(table(result))
         (args.output / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
         plot(result).save(args.output / f"{stem}.png")
