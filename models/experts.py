@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import memory
 from .expert_parallel import ExpertGroups, gather_shards
 from .linear import product
 from .routers import draw
@@ -98,6 +99,7 @@ class Experts(nn.Module):
         # A compiler must know shapes, so it is given no loop.
         loops = x.device.type not in GROUPED_DEVICES and not torch.compiler.is_compiling()
         if loops or not takes_grouped_product(x, w1.shape[1]):
+            memory.keep_some()  # all experts' values lie in one block
             return self.loop(x, (w1, b1, w2, b2), counts.tolist())
         offsets = counts.to(x.device).cumsum(0)
         expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
