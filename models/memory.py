@@ -1,6 +1,6 @@
 """Freed memory on a CPU: glibc gives large blocks back to the system, which zeroes them page by page at their next use.
 
-Layers free and take the same sizes over and over; without this, a fifth of a training step goes into pages.
+Layers free and take the same sizes over and over; without this, each of them meets new pages.
 """
 
 import ctypes
