@@ -11,7 +11,8 @@ As in benchmarks/throughput.py, candidates take turns, and what counts is the ra
 loop's. The loop gathers each expert's tokens, runs its MLP and adds what it answers to their places; it drops none, and
 gives what path dropless gives, which is checked before anything is measured. Path capacity takes 1.25 times an even
 share, as the released models do, so that it may do less than the loop. Memory is what is kept for the backward pass,
-weights apart. Tutel is measured where it is installed and runs, and else named with the reason.
+weights apart. Tutel is measured where it is installed and runs, and else named with the reason. On a CPU freed memory
+is kept, as in a run of main_moe.py: else the last tens of megabytes decide at random who meets new pages.
 """
 
 import argparse
@@ -37,6 +38,7 @@ import distributed  # noqa: E402 - a script outside the root
 from benchmarks.machine import describe_machine, kind_of_machine  # noqa: E402
 from benchmarks.throughput import DTYPES  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
+from models import memory  # noqa: E402
 from models.layers import Mlp  # noqa: E402
 from models.moe import MoELayer  # noqa: E402
 from models.routing import gshard_loss  # noqa: E402
@@ -161,7 +163,7 @@ def compare(
     found = candidates(args, experts, device)
     check(found, x)
     lacking = add_tutel(found, args, experts, x, autocast)
-    memory = {name: kept_bytes(run, x, autocast) for name, run in found.items()} if train else {}
+    kept = {name: kept_bytes(run, x, autocast) for name, run in found.items()} if train else {}
     passes = {name: make_pass(run, x, autocast, train) for name, run in found.items()}
     seconds = measure(passes, device, args.rounds, args.repeats)
     rows = []
@@ -175,7 +177,7 @@ def compare(
                 "milliseconds": 1000 * statistics.median(times),
                 "times_the_loop": middle,
                 "quartiles": [low, high],
-                "kept_megabytes": memory[name] / 1e6 if train else None,
+                "kept_megabytes": kept[name] / 1e6 if train else None,
             }
         )
     return rows, lacking
@@ -217,6 +219,8 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
 
     device = distributed.pick_device()
+    if device.type == "cpu":
+        memory.keep_all()
     rows, reasons = [], {}
     for tokens, experts in product(args.tokens, args.experts):
         found, lacking = compare(args, tokens, experts, device)
