@@ -13,7 +13,7 @@ help:
 	@echo "make test-all     also the slow ones"
 	@echo "make lint         style and format checks"
 	@echo "make format       mend what the checks can mend"
-	@echo "make kernels      compile and install the kernels: attention on CPUs, and what --fused_window_process uses"
+	@echo "make kernels      compile and install the kernels: attention and MLPs on CPUs, and what --fused_window_process uses"
 	@echo "make gpu          the GPU tests and benchmarks, with this machine's own python (PYTHON=...)"
 	@echo "make clean        remove .venv and the digits; output/ stays"
 
@@ -46,6 +46,7 @@ format: $(INSTALLED)
 kernels: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation ./kernels/window_attention
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation ./kernels/window_process
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation ./kernels/linear
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -1,4 +1,4 @@
-"""The kernels beside PyTorch's, and beside what the machine can do: attention in windows, and cutting and merging them.
+"""The kernels beside PyTorch's and what the machine can do: attention in windows, cutting and merging them, MLPs.
 
 python benchmarks/kernels.py                          # bf16, shapes of Swin and SwinV2
 python benchmarks/kernels.py --dtype fp32 --batch-size 8
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,8 @@ import distributed  # noqa: E402 - a script outside the root
 from benchmarks.machine import describe_machine, kind_of_machine, machine_rates  # noqa: E402
 from benchmarks.throughput import DTYPES  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
-from kernels import window_process  # noqa: E402
+from kernels import linear, window_process  # noqa: E402
+from models import memory  # noqa: E402
 from models.attention import ATTEND, BACKENDS, takes_fused, window_attention  # noqa: E402
 from models.layers import window_mask, window_partition, window_reverse  # noqa: E402
 
@@ -137,6 +139,36 @@ def process_steps(shape: Shape, batch: int, dtype: torch.dtype, device: torch.de
     return [Step("partition", moved, 0, cut), Step("merge", moved, 0, merge)]
 
 
+def mlp_steps(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> list[Step]:
+    """The MLP of a block, forward, and forward and backward; on CPUs in float32, for which there are kernels."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return []
+    tokens, C = batch * shape.side**2, shape.channels
+    x, grad = torch.randn(tokens, C, requires_grad=True), torch.randn(tokens, C)
+    shapes = (4 * C, C), (4 * C,), (C, 4 * C), (C,)
+    weights = [torch.randn(size, requires_grad=True) for size in shapes]
+
+    def pytorchs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+    def forward(run: Callable[..., Tensor]) -> None:
+        with torch.no_grad():
+            run(x, *weights)
+
+    def both(run: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(run(x, *weights), [x, *weights], grad)
+
+    runs = {"linear and GELU": pytorchs}
+    if not linear.PROBLEM:
+        runs["linear (kernel)"] = linear.mlp
+    moved, product = 4 * tokens * C, 16 * tokens * C * C
+    return [
+        Step("MLP, forward", 2 * moved, product, {name: partial(forward, run) for name, run in runs.items()}),
+        # the input twice, the output, the hidden values' gradient and the hidden values, each written and read
+        Step("MLP, forward and backward", 20 * moved, 3 * product, {n: partial(both, run) for n, run in runs.items()}),
+    ]
+
+
 def time_step(step: Step, shape: Shape, rates: dict, device: torch.device, rounds: int, repeats: int) -> list[dict]:
     limit = max(step.bytes / rates["bytes_per_second"], step.operations / rates["flops"])
     rows = []
@@ -182,19 +214,22 @@ def main() -> None:
 
     device = distributed.pick_device()
     on_gpu = device.type != "cpu"
+    if not on_gpu:
+        memory.keep_all()  # as the scripts do
     batch, repeats = args.batch_size or (128 if on_gpu else 8), args.repeats or (20 if on_gpu else 1)
     dtype_name = args.dtype or ("bf16" if on_gpu else "fp32")
     dtype = DTYPES[dtype_name]
     rates, rows, seen = machine_rates(device, dtype), [], set()
     for shape in (SHAPES[i] for i in args.shapes):
-        for make_steps in (attention_steps, process_steps):
+        for make_steps in (attention_steps, process_steps, mlp_steps):
             for step in make_steps(shape, batch, dtype, device):
                 seen |= set(step.candidates)
                 rows += time_step(step, shape, rates, device, args.rounds, repeats)
     facts = {
         **{"dtype": dtype_name, "batch": batch, "machine": describe_machine(device)},
         **{"versions": f"torch {torch.__version__}", "date": date.today().isoformat(), "rounds": args.rounds, **rates},
-        "left_out": [name for name in (*ATTEND, "fused") if name not in seen],
+        "left_out": [name for name in (*ATTEND, "fused") if name not in seen]
+        + ([linear.PROBLEM] if linear.PROBLEM else []),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"kernels-{kind_of_machine(device)}-{dtype_name}-b{batch}"

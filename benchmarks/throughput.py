@@ -7,8 +7,9 @@ python benchmarks/throughput.py --model swinv2_tiny --batch-size 1 8 32
 
 Machines are shared and their clocks wander, so an absolute time says little: in each round every candidate runs once,
 in a new order, and what counts is the ratio of times within a round. Shares are of what this machine reached in the
-same run by one large matrix product and one large copy. A candidate that cannot run is left out and named. Tables, JSON
-files and plots go to benchmarks/results/.
+same run by one large matrix product and one large copy. A candidate that cannot run is left out and named. In
+training on a CPU freed memory is kept, for all candidates, as main.py does. Tables, JSON files and plots go to
+benchmarks/results/.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from benchmarks.machine import (  # noqa: E402
 from benchmarks.peers import MODELS, Builder, Model, candidates, versions  # noqa: E402
 from benchmarks.report import plot, table  # noqa: E402
 from benchmarks.timing import measure, ratios_to_best  # noqa: E402
-from models import trial  # noqa: E402
+from models import memory, trial  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,6 +186,8 @@ def main() -> None:
         parser.error("--rounds must be at least 2, --repeats and --batch-size at least 1")
 
     device = distributed.pick_device()
+    if device.type == "cpu" and args.train:
+        memory.keep_all()
     args.output.mkdir(parents=True, exist_ok=True)
     mode = ("train" if args.train else "inference") + ("-compiled" if args.compile else "")
     for batch in args.batch_size:

@@ -2,9 +2,10 @@
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import setuptools
-from torch.utils.cpp_extension import BuildExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 OLDEST = "0x020b000000000000"  # PyTorch 2.11; with its stable interface one binary serves later releases too
 COMPILE = ["-O3", f"-DTORCH_TARGET_VERSION={OLDEST}"]
@@ -18,6 +19,19 @@ def check_setuptools(name: str) -> None:
         sys.exit(
             f"{name}: error: setuptools {setuptools.__version__} cannot build wheels; pip install 'setuptools>=70.1'"
         )
+
+
+def cpu_extension(package: str) -> CppExtension:
+    """The library of ``package``, from ``csrc`` beside setup.py, with code for each instruction set."""
+    shared = Path(__file__).parent / "csrc"
+    return CppExtension(
+        f"{package}._C",
+        [f"csrc/{name}.cpp" for name in ("operators", "plain", "avx2", "avx512")],
+        include_dirs=[str(shared)],
+        extra_compile_args=[*COMPILE, "-ffp-contract=fast"],
+        py_limited_api=True,  # no file of a Python version: the library holds operators, no Python module
+        depends=sorted(str(path) for folder in (Path("csrc"), shared) for path in folder.glob("*.h")),
+    )
 
 
 class Build(BuildExtension):

@@ -26,7 +26,7 @@ from .layers import (
     half_window,
     merged_resolution,
 )
-from .linear import is_hooked, runs_plainly
+from .linear import is_hooked, kernel_is_faster, runs_plainly
 from .precision import in_native_precision
 
 # Bytes of an MLP's hidden values for which its images go through a stage together on a CPU. Found by trying 1.5 to
@@ -100,12 +100,14 @@ class Stage(nn.Module):
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images that go through the blocks together: in inference on a CPU, as many as its caches hold.
 
-        Not where hooks would see parts of the batch.
+        Not where hooks would see parts of the batch, nor for kernels that keep an MLP's values in the cache anyway.
         """
         if not runs_plainly() or x.device.type != "cpu":
             return (x,)
         memory.keep_some()
         if self.training or torch.is_grad_enabled() or any(is_hooked(module) for module in self.modules()):
+            return (x,)
+        if x.dtype == torch.float32 and kernel_is_faster():
             return (x,)
         hidden = 4 * x[:1].numel() * x.element_size()  # bytes within an MLP, the widest of a block
         return x.split(max(1, CACHED // max(1, hidden)))

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels import linear as kernel
+
 from . import memory
 from .expert_parallel import ExpertGroups, gather_shards
-from .linear import product
+from .linear import product, takes_kernel
 from .routers import draw
 
 GROUPED_DEVICES = ("cuda",)  # where a grouped product is quicker than a loop; on the CPU it is a loop itself
@@ -90,6 +92,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(El, n, C) to (El, n, C): n tokens of each expert."""
         w1, b1, w2, b2 = self.weights()
+        if self.takes_kernel(x, w1):
+            return kernel.experts(x, [x.shape[1]] * len(x), w1, b1, w2, b2).view(*x.shape[:2], -1)
         x = torch.baddbmm(b1[:, None], x, w1.transpose(1, 2))  # El, n, H
         return torch.baddbmm(b2[:, None], self.drop(F.gelu(x)), w2)
 
@@ -100,6 +104,8 @@ class Experts(nn.Module):
         loops = x.device.type not in GROUPED_DEVICES and not torch.compiler.is_compiling()
         if loops or not takes_grouped_product(x, w1.shape[1]):
             memory.keep_some()  # all experts' values lie in one block
+            if self.takes_kernel(x, w1):
+                return kernel.experts(x, counts.tolist(), w1, b1, w2, b2)
             return self.loop(x, (w1, b1, w2, b2), counts.tolist())
         offsets = counts.to(x.device).cumsum(0)
         expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
@@ -107,6 +113,10 @@ class Experts(nn.Module):
         offsets = offsets.to(torch.int32)
         x = torch.addmm(F.grouped_mm(x, w1.transpose(1, 2), offs=offsets), member, b1)
         return torch.addmm(F.grouped_mm(self.drop(F.gelu(x)), w2, offs=offsets), member, b2)
+
+    def takes_kernel(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether all of an expert is one call of the kernels for CPUs."""
+        return not (self.drop.training and self.drop.p > 0) and takes_kernel(x, weight)
 
     def loop(self, x: Tensor, weights: Sequence[Tensor], counts: list[int]) -> Tensor:
         """As `grouped`, expert by expert. Without gradients GELU is in place: to ask for memory costs time."""

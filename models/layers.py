@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .linear import Linear, linear_act
+from .linear import Linear, mlp
 from .linear import linear as linear  # SwinV2 takes it from here
 
 Pair = int | tuple[int, int]
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(linear_act(x, self.fc1, self.act))))
+        return self.drop(mlp(x, self.fc1, self.act, self.drop, self.fc2))
 
 
 class PatchEmbed(nn.Module):

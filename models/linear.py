@@ -1,8 +1,11 @@
-"""Linear layers whose float32 products on AMD's CPUs with AVX-512 are oneDNN's: PyTorch's default takes twice as long.
+"""Linear layers in float32 on AMD's CPUs, for which PyTorch's default library was not made.
 
-PyTorch has two ways to them. In training it is a 1x1 convolution of channels-last data, which is the same product,
-gradients included. In inference it is the operator that torch.compile uses, which has no gradient; it computes GELU
-on the way, and serves one thread as well, for which PyTorch does not give convolutions to oneDNN.
+Without AVX-512 it is this project's kernels, where they are built (kernels/linear): they come nearer to what the
+processor can do, and compute GELU, forward and backward, while its numbers are in the cache. With AVX-512 it is oneDNN,
+in half of the default's time. PyTorch has two ways to that. In training it is a 1x1 convolution of channels-last data,
+which is the same product, gradients included. In inference it is the operator that torch.compile uses, which has no
+gradient; it computes GELU on the way, and serves one thread as well, for which PyTorch does not give convolutions to
+oneDNN.
 """
 
 import platform
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from kernels import linear as kernel
+
 
 class Linear(nn.Linear):
     """``nn.Linear`` by `linear`."""
@@ -24,8 +29,12 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, by oneDNN where that is faster."""
-    if not _takes_onednn(x, weight):
+    """``F.linear``, by the kernels or oneDNN where they are faster."""
+    if not _is_plain(x, weight):
+        return F.linear(x, weight, bias)
+    if kernel_is_faster():
+        return kernel.linear(x, weight, bias)
+    if not takes_onednn():
         return F.linear(x, weight, bias)
     if not _needs_grad(x, weight, bias) and has_pointwise():
         return _pointwise(x, weight, bias, "none")
@@ -34,10 +43,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
+def mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: nn.Module) -> Tensor:
+    """``fc2(drop(act(fc1(x))))``, the kernels' way where nobody watches what is between, or GELU is oneDNN's."""
+    if not fuses_mlp(x, fc1, act, drop, fc2):
+        return fc2(drop(linear_act(x, fc1, act)))
+    return kernel.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: nn.Module) -> bool:
+    """Whether all of an MLP is one call of the kernels."""
+    return (
+        type(fc2) is Linear
+        and not (is_hooked(fc2) or is_hooked(drop) or (drop.training and drop.p > 0))
+        and _is_linear_gelu(fc1, act)
+        and takes_kernel(x, fc1.weight, fc2.weight)
+    )
+
+
+def takes_kernel(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels multiply ``x`` by these weights."""
+    return all(_is_plain(x, weight) for weight in weights) and kernel_is_faster()
+
+
 def linear_act(x: Tensor, layer: nn.Module, act: nn.Module) -> Tensor:
-    """``act(layer(x))``, at once where this is a `Linear` and the exact GELU, and nobody watches what is between."""
-    plain = type(layer) is Linear and type(act) is nn.GELU and act.approximate == "none"
-    if not plain or is_hooked(layer) or is_hooked(act) or not _takes_onednn(x, layer.weight):
+    """``act(layer(x))``, by oneDNN at once where this is a `Linear` and the exact GELU, and nobody watches between."""
+    if not _is_linear_gelu(layer, act) or not _is_plain(x, layer.weight) or kernel_is_faster() or not takes_onednn():
         return act(layer(x))
     if _needs_grad(x, layer.weight, layer.bias) or not has_pointwise():
         return act(layer(x))
@@ -50,7 +80,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor |
     Args:
         out: (n, N), where to write it.
     """
-    if not (_takes_onednn(x, weight) and has_pointwise()):
+    if not (_is_plain(x, weight) and takes_onednn() and has_pointwise()):
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
     y = _pointwise(x, weight.t(), bias, "none")
     return y if out is None else out.copy_(y)
@@ -68,7 +98,17 @@ def runs_plainly() -> bool:
     return not torch.jit.is_tracing() and _get_current_dispatch_mode() is None
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def computes_plainly() -> bool:
+    """Whether numbers are computed here and now, by PyTorch itself; asked outside of compilers."""
+    return (
+        runs_plainly()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None  # no vmap
+    )
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is a layer in float32 on a CPU, computed here and now."""
     return (
         runs_plainly()
         and x.device.type == "cpu"
@@ -76,11 +116,13 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # not one that is quantised or sharded
         and x.numel() > 0
-        and onednn_is_faster()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_linear_gelu(layer: nn.Module, act: nn.Module) -> bool:
+    plain = type(layer) is Linear and type(act) is nn.GELU and act.approximate == "none"
+    return plain and not is_hooked(layer) and not is_hooked(act)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -110,12 +152,29 @@ def has_pointwise() -> bool:
     return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
-@lru_cache
+def takes_onednn() -> bool:
+    return onednn_is_faster() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def kernel_is_faster() -> bool:
+    """Whether this is an AMD CPU without AVX-512, the kernels are built, and derivatives are the usual ones."""
+    return not kernel.PROBLEM and is_amd() and not has_avx512() and computes_plainly()
+
+
 def onednn_is_faster() -> bool:
     """Whether this is an AMD CPU with AVX-512, which PyTorch's default library uses on Intel's alone.
 
     On AMD's CPUs without it the two are equal, but for GELU on the way, which is slower than after it.
     """
+    return is_amd() and has_avx512()
+
+
+@lru_cache
+def is_amd() -> bool:
     path = Path("/proc/cpuinfo")
-    amd = "AuthenticAMD" in (path.read_text() if path.exists() else platform.processor())
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "AuthenticAMD" in (path.read_text() if path.exists() else platform.processor())
+
+
+@lru_cache
+def has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .layers import Mlp
+from .linear import fuses_mlp
 
 
 class RecomputingMlp(Mlp):
@@ -14,6 +15,8 @@ class RecomputingMlp(Mlp):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses_mlp(x, self.fc1, self.act, self.drop, self.fc2):  # which keeps no more
+            return super().forward(x)
         hidden = self.fc1(x)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # compilers choose by themselves what to keep
             return self.drop(self.project(hidden))

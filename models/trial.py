@@ -17,12 +17,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from kernels import window_attention as fused
 
 from .layers import window_mask
-from .linear import runs_plainly
+from .linear import computes_plainly
 
 logger = logging.getLogger(__name__)
 
@@ -161,15 +160,6 @@ def fastest(attend: Attend, call: Call, default: str, rivals: tuple[str, ...]) -
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def computes_plainly() -> bool:
-    """Whether numbers are computed here and now, by PyTorch itself; asked outside of compilers."""
-    return (
-        runs_plainly()
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None  # no vmap
-    )
 
 
 def _try(attend: Attend, call: Call, default: str, rivals: tuple[str, ...]) -> str:

@@ -31,8 +31,9 @@ def build(source: Path, folder: Path, **variables: str) -> subprocess.CompletedP
 
 def digest(source: Path, *more: str) -> str:
     """Of all that decides what is built."""
-    files = sorted([*source.glob("csrc/*"), *source.glob("src/*/*.py"), source / "setup.py"])
-    files.append(source.parent / "building.py")
+    shared = source.parent
+    files = sorted([*source.glob("csrc/*"), *source.glob("src/*/*.py"), *shared.glob("csrc/*"), source / "setup.py"])
+    files.append(shared / "building.py")
     text = b"".join(path.read_bytes() for path in files) + "".join([torch.__version__, *more]).encode()
     return hashlib.sha256(text).hexdigest()[:12]
 

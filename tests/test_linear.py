@@ -14,7 +14,8 @@ needs_pointwise = pytest.mark.skipif(not has_pointwise(), reason="this PyTorch h
 @pytest.fixture
 def amd(monkeypatch):
     """Any processor taken for one of AMD's with AVX-512."""
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "is_amd", lambda: True)
+    monkeypatch.setattr(module, "has_avx512", lambda: True)
 
 
 @pytest.fixture
@@ -38,8 +39,9 @@ def test_linear_by_onednn_is_linear(monkeypatch, shape, bias):
     torch.manual_seed(0)
     layer, x = Linear(6, 4, bias=bias), torch.randn(*shape, requires_grad=True)
     results = []
+    monkeypatch.setattr(module, "has_avx512", lambda: True)
     for amd in (True, False):
-        monkeypatch.setattr(module, "onednn_is_faster", lambda amd=amd: amd)
+        monkeypatch.setattr(module, "is_amd", lambda amd=amd: amd)
         for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
             y = layer(data)
             gradients = torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])
@@ -138,7 +140,8 @@ def test_linear_leaves_other_precisions_to_pytorch(amd, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_written_where_they_belong(monkeypatch, onednn, bias):
     """Of transposed matrices as well, and to rows and columns of others."""
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(module, "is_amd", lambda: onednn)
+    monkeypatch.setattr(module, "has_avx512", lambda: True)
     for x, weight, shape in (
         (torch.randn(5, 6), torch.randn(4, 6).t(), (5, 4)),
         (torch.randn(6, 5).t(), torch.randn(6, 4), (5, 4)),

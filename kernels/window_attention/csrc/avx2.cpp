@@ -1,6 +1,7 @@
 // For x86-64 with AVX2 and FMA. Headers that others share come first: what they define is compiled for any processor.
 
 #include "call.h"
+#include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma")

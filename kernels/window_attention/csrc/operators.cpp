@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "call.h"
+#include "choose.h"
 
 namespace swin {
 namespace {
@@ -24,27 +24,6 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kSumsBytes = 32 << 20;  // of sums of the bias's gradient, at most
 constexpr int64_t kUnits = 128;           // of the backward pass, about: fixed, so that sums do not depend on threads
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error(message);
-}
-
-// The widest code that the compiler made and this processor runs; or the one of so many lanes, if it is that.
-const Code& choose_code(int64_t lanes) {
-  std::vector<const Code*> usable{&kPlain};
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && kAvx2.lanes) usable.push_back(&kAvx2);
-  if (avx2 && avx512 && kAvx512.lanes) usable.push_back(&kAvx512);
-#endif
-  for (const Code* code : usable)
-    if (code->lanes == lanes) return *code;
-  require(lanes == 0, "no code of " + std::to_string(lanes) + " lanes runs on this processor");
-  return *usable.back();
-}
 
 // Tensors of one call, kept while it runs.
 struct Inputs {
@@ -101,7 +80,7 @@ Call make_call(Inputs& in, const MaybeTensor& logit_scale, int64_t heads, const 
 
 Tensor attend(const Tensor& qkv, const Tensor& bias, const MaybeTensor& logit_scale, int64_t heads, Numbers window,
               Numbers shift, bool masked, double scale, int64_t lanes) {
-  const Code& code = choose_code(lanes);
+  const Code& code = choose_code(kPlain, kAvx2, kAvx512, lanes);
   Inputs in{qkv, bias};
   Call call = make_call(in, logit_scale, heads, window, shift, masked, scale, code);
   Tensor out = torch::stable::new_empty(qkv, Numbers{qkv.size(0), call.H, call.W, heads * call.width});
@@ -114,7 +93,7 @@ Tensor attend(const Tensor& qkv, const Tensor& bias, const MaybeTensor& logit_sc
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, const Tensor& qkv, const Tensor& bias,
                                                    const MaybeTensor& logit_scale, int64_t heads, Numbers window,
                                                    Numbers shift, bool masked, double scale, int64_t lanes) {
-  const Code& code = choose_code(lanes);
+  const Code& code = choose_code(kPlain, kAvx2, kAvx512, lanes);
   Inputs in{qkv, bias};
   Call call = make_call(in, logit_scale, heads, window, shift, masked, scale, code);
   require(grad.dim() == 4 && grad.size(0) == qkv.size(0) && grad.size(1) == call.H && grad.size(2) == call.W &&

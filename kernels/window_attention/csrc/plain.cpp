@@ -1,6 +1,7 @@
 // For any processor: vectors of four floats, which SSE2 and NEON have.
 
 #include "call.h"
+#include "scratch.h"
 
 #define SET plain
 #define LANES 4

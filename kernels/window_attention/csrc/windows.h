@@ -5,6 +5,7 @@ namespace swin {
 namespace SET {
 
 #include "vector.h"
+#include "products.h"
 
 struct BFloat16 {
   uint16_t bits;
@@ -28,27 +29,6 @@ inline void from_float(float x, BFloat16& y) {  // to the nearest, ties to even;
 }
 
 inline int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
-
-// Memory of a thread, zeros at first, taken piece by piece; each begins at a cache line.
-class Scratch {
- public:
-  Scratch(int64_t floats, int64_t pieces)
-      : memory_(new char[floats * sizeof(float) + 64 * (pieces + 1)]()), next_(memory_) {}
-  ~Scratch() { delete[] memory_; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  template <typename T = float>
-  T* take(int64_t count) {
-    char* piece = next_ + (64 - reinterpret_cast<uintptr_t>(next_) % 64) % 64;
-    next_ = piece + count * sizeof(T);
-    return reinterpret_cast<T*>(piece);
-  }
-
- private:
-  char* memory_;
-  char* next_;
-};
 
 // Where a window's tokens lie on their map.
 struct Window {
@@ -127,11 +107,6 @@ inline void fetch(const T* map, int64_t place, int64_t stride, int64_t first, in
   for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
 }
 
-inline void transpose(const float* rows, int64_t count, int64_t row_width, int64_t width, float* to, int64_t columns) {
-  for (int64_t d = 0; d < width; ++d)
-    for (int64_t j = 0; j < count; ++j) to[d * columns + j] = rows[j * row_width + d];
-}
-
 // Turns a row of products into exponentials of its logits less the highest; gives their sum.
 inline float soften(float* row, const float* bias, float factor, int64_t query, const Window& window, int64_t columns) {
   Vector highest = all(-__builtin_inff());
@@ -189,7 +164,7 @@ void forward(const Call& call, int64_t begin, int64_t end) {
     gather(qkv, window, 0, N, 3 * C, 2 * C + head * D, D, v, wide);
     if (call.logit_scale)
       for (int64_t j = 0; j < N; ++j) normalize(k + j * wide, wide, call.eps);
-    transpose(k, N, wide, D, across, columns);
+    transpose(k, wide, N, D, across, columns);
     const float* bias = call.bias + head * N * columns;
     for (int64_t i = 0; i < N; i += ROWS) {
       const int64_t rows = N - i < ROWS ? N - i : ROWS;
@@ -264,8 +239,8 @@ void backward(const Call& call, int64_t begin, int64_t end) {
         q_inverse[i] = normalize(q + i * wide, wide, call.eps);
         k_inverse[i] = normalize(k + i * wide, wide, call.eps);
       }
-      transpose(k, N, wide, D, k_across, columns);
-      transpose(v, N, wide, D, v_across, columns);
+      transpose(k, wide, N, D, k_across, columns);
+      transpose(v, wide, N, D, v_across, columns);
       multiply(N, columns, D, q, wide, 1, k_across, columns, weights, columns);
       multiply(N, columns, D, g, wide, 1, v_across, columns, slopes, columns);
       for (int64_t i = 0; i < N; ++i) {

@@ -1,0 +1,142 @@
+"""Linear layers and MLPs in float32 on CPUs, forward and backward, by the extension ``swin_linear`` (``csrc/``).
+
+M rows of C channels, H hidden units. An MLP's values between its two products stay in the cache: GELU is computed
+there, forward and backward, and only what it is of is kept for the backward pass. Gradients are the same bits for any
+number of threads. Second derivatives are PyTorch's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INSTALL = "pip install ./kernels/linear --no-build-isolation"
+
+try:
+    import swin_linear  # noqa: F401 - loads the operators
+
+    PROBLEM = ""
+except (ImportError, OSError) as err:  # OSError: a library that this PyTorch cannot load
+    PROBLEM = f"the extension for linear layers is not built: {' '.join(str(err).split())}; {INSTALL}"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of float32 on a CPU: (..., C), (N, C) and (N,) to (..., N)."""
+    rows, weight = _rows(x), weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    if _has_gradient(rows, weight, bias):
+        y = _Linear.apply(rows, weight, bias)
+    else:
+        y = torch.ops.swin_linear.forward(rows, weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """``F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)`` of float32 on a CPU: (..., C) to (..., N).
+
+    Args:
+        w1: (H, C).
+        w2: (N, H).
+    """
+    rows = _rows(x)
+    weights = (part if part is None else part.unsqueeze(0) for part in (w1, b1, w2, b2))
+    return _mlps(rows, [len(rows)], *weights, across=True).view(*x.shape[:-1], len(w2))
+
+
+def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """E MLPs of float32 on a CPU, ``F.gelu(x @ w1.T + b1) @ w2 + b2`` each, for their rows: (M, C) to (M, N).
+
+    Args:
+        x: rows sorted by expert.
+        counts: E, how many of them are whose.
+        w1: (E, H, C), with biases (E, H).
+        w2: (E, H, N), with biases (E, N).
+    """
+    return _mlps(_rows(x), counts, w1, b1, w2, b2, across=False)
+
+
+def _mlps(
+    rows: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, across: bool
+) -> Tensor:
+    w1, b1, w2, b2 = (part if part is None else part.contiguous() for part in (w1, b1, w2, b2))
+    if _has_gradient(rows, w1, b1, w2, b2):
+        return _Mlps.apply(rows, w1, b1, w2, b2, counts, across)
+    return torch.ops.swin_linear.mlp(rows, counts, w1, b1, w2, b2, across, False)[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _has_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.swin_linear.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # second derivatives
+            return _gradients(grad, x, weight, ctx.needs_input_grad)
+        grad_x, *others = torch.ops.swin_linear.backward(grad.contiguous(), x, weight, needs_x, any(needs))
+        return grad_x if needs_x else None, *_needed(others, needs)
+
+
+class _Mlps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        counts: list[int],
+        across: bool,
+    ) -> Tensor:
+        y, hidden = torch.ops.swin_linear.mlp(x, counts, w1, b1, w2, b2, across, True)
+        ctx.save_for_backward(x, hidden, w1, b1, w2, b2)
+        ctx.counts, ctx.across = counts, across
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, w1, b1, w2, b2 = ctx.saved_tensors
+        needs_x, *needs = needed = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # second derivatives
+            with torch.enable_grad():
+                y = _plain_mlps((x, w1, b1, w2, b2), ctx.counts, ctx.across)
+            inputs = [part for part, wanted in zip((x, w1, b1, w2, b2), needed, strict=True) if wanted]
+            grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return *(next(grads) if wanted else None for wanted in needed), None, None
+        arguments = (grad.contiguous(), x, hidden, ctx.counts, w1, w2, ctx.across, needs_x, any(needs))
+        grad_x, *others = torch.ops.swin_linear.mlp_backward(*arguments)
+        return grad_x if needs_x else None, *_needed(others, needs), None, None
+
+
+def _plain_mlps(parts: tuple[Tensor | None, ...], counts: list[int], across: bool) -> Tensor:
+    x, *weights = parts
+    results = []
+    for i, rows in enumerate(x.split(counts)):
+        w1, b1, w2, b2 = (part if part is None else part[i] for part in weights)
+        results.append(F.linear(F.gelu(F.linear(rows, w1, b1)), w2 if across else w2.t(), b2))
+    return torch.cat(results)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Those of x, weight and bias, by operations that have gradients themselves."""
+    needs_x, needs_weight, needs_bias = needs
+    return (
+        grad @ weight if needs_x else None,
+        grad.t() @ x if needs_weight else None,
+        grad.sum(0) if needs_bias else None,
+    )
+
+
+def _needed(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]

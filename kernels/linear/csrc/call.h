@@ -1,0 +1,73 @@
+// The work of linear layers on a CPU, behind plain pointers, and the code of each instruction set that does it. All
+// numbers are floats, all matrices row by row. A packed matrix is in panels: see panels.h.
+
+#pragma once
+
+#include <cstdint>
+
+namespace swin {
+
+// b (K x N) by its strides, into panels.
+struct Packing {
+  const float* b;
+  int64_t b_term, b_column, K, N;
+  float* packed;
+};
+
+// c (M x N) = a (M x K) b + bias.
+struct Product {
+  const float* a;
+  const float* b;     // packed
+  const float* bias;  // N, or null
+  float* c;
+  int64_t M, N, K, blocks;  // of rows
+};
+
+// An MLP of C, H and C_out channels: a = gelu(x w1 + b1), y = a w2 + b2. A block's a stays in the cache.
+struct Mlp {
+  const float* x;         // M x C
+  const float *w1, *b1;   // packed
+  const float *w2, *b2;   // packed; b2 or null
+  float* h;               // M x H: what gelu is of; or null
+  float* y;               // M x C_out
+  int64_t M, C, H, C_out, blocks;
+};
+
+// What its gradient grad (M x C_out) is before gelu and before the first product.
+struct MlpGradient {
+  const float* grad;
+  const float* h;
+  const float *w1, *w2;  // packed, as grad w2 and grad_h w1 take them
+  float* grad_h;         // M x H
+  float* grad_x;         // M x C, or null
+  int64_t M, C, H, C_out, blocks;
+};
+
+// c (N x K) = a^T b and sums (N) of a's rows, of a or gelu(a), of b or gelu(b): the gradients of a weight and a bias, by
+// their layer's gradient and input. Over parts of the rows, part by part, so that threads make no difference.
+struct WeightGradient {
+  const float* a;     // M x N
+  const float* b;     // M x K
+  bool gelu_a, gelu_b;
+  float* c;           // parts, N, K
+  float* sums;        // parts, N
+  int64_t M, N, K, parts, groups;  // groups of the N columns
+};
+
+// Of units from begin to end. Packing: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part * groups +
+// group.
+struct Code {
+  int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
+  int64_t panel;  // columns of a panel
+  int64_t tile;   // rows of a tile
+  void (*pack)(const Packing& work, int64_t begin, int64_t end);
+  void (*product)(const Product& work, int64_t begin, int64_t end);
+  void (*mlp)(const Mlp& work, int64_t begin, int64_t end);
+  void (*mlp_gradient)(const MlpGradient& work, int64_t begin, int64_t end);
+  void (*weight_gradient)(const WeightGradient& work, int64_t begin, int64_t end);
+};
+
+// Each in a file of its own, compiled for that instruction set. Data alone: what asks the processor is compiled for any.
+extern const Code kPlain, kAvx2, kAvx512;
+
+}  // namespace swin

@@ -1,0 +1,148 @@
+// Linear layers and MLPs of one instruction set: LANES floats a vector, TILE rows at once, in namespace SET. No include
+// guard, as of vector.h.
+
+namespace swin {
+namespace SET {
+
+#include "vector.h"
+#include "gelu.h"
+#include "panels.h"
+
+// to = f(from, to) over a strip of columns.
+template <typename F>
+inline void map_strip(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row,
+                      F f) {
+  for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) {
+    int64_t j = 0;
+    for (; j + LANES <= columns; j += LANES) store(to + j, f(load(from + j), load(to + j)));
+    if (j == columns) continue;
+    Vector x = {}, y = {};
+    __builtin_memcpy(&x, from + j, (columns - j) * sizeof(float));
+    __builtin_memcpy(&y, to + j, (columns - j) * sizeof(float));
+    y = f(x, y);
+    __builtin_memcpy(to + j, &y, (columns - j) * sizeof(float));
+  }
+}
+
+// The first row of a block; the blocks differ by a tile at most.
+inline int64_t first_row(int64_t M, int64_t blocks, int64_t block) {
+  const int64_t row = block * ((M + TILE - 1) / TILE) / blocks * TILE;
+  return row < M ? row : M;
+}
+
+inline int64_t most_rows(int64_t M, int64_t blocks) { return ((M + TILE - 1) / TILE + blocks - 1) / blocks * TILE; }
+
+void pack(const Packing& work, int64_t begin, int64_t end) {
+  for (int64_t n = begin * kPanel; n < end * kPanel && n < work.N; n += kPanel)
+    pack_panel(work.b + n * work.b_column, work.b_term, work.b_column, work.K,
+               work.N - n < kPanel ? work.N - n : kPanel, work.packed + n * work.K);
+}
+
+void product(const Product& work, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t row = first_row(work.M, work.blocks, block);
+    multiply_packed(first_row(work.M, work.blocks, block + 1) - row, work.N, work.K, work.a + row * work.K, work.K,
+                    work.b, work.bias, work.c + row * work.N, work.N, [](int64_t, int64_t) {});
+  }
+}
+
+void mlp(const Mlp& work, int64_t begin, int64_t end) {
+  const int64_t a_row = work.H + kPanel;  // not a multiple of 4 KiB: a tile's rows would share places in the cache
+  const int64_t numbers = most_rows(work.M, work.blocks) * a_row;
+  Scratch scratch(numbers, 1);
+  float* a = scratch.take(numbers);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t row = first_row(work.M, work.blocks, block);
+    const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
+    float* h = work.h ? work.h + row * work.H : a;
+    const int64_t h_row = work.h ? work.H : a_row;
+    multiply_packed(rows, work.H, work.C, work.x + row * work.C, work.C, work.w1, work.b1, h, h_row,
+                    [&](int64_t n, int64_t columns) {
+                      map_strip(rows, columns, h + n, h_row, a + n, a_row, [](Vector x, Vector) { return gelu(x); });
+                    });
+    multiply_packed(rows, work.C_out, work.H, a, a_row, work.w2, work.b2, work.y + row * work.C_out, work.C_out,
+                    [](int64_t, int64_t) {});
+  }
+}
+
+void mlp_gradient(const MlpGradient& work, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t row = first_row(work.M, work.blocks, block);
+    const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
+    const float* h = work.h + row * work.H;
+    float* grad_h = work.grad_h + row * work.H;
+    multiply_packed(rows, work.H, work.C_out, work.grad + row * work.C_out, work.C_out, work.w2, nullptr, grad_h, work.H,
+                    [&](int64_t n, int64_t columns) {
+                      map_strip(rows, columns, h + n, work.H, grad_h + n, work.H,
+                                [](Vector x, Vector grad) { return grad * gelu_slope(x); });
+                    });
+    if (work.grad_x)
+      multiply_packed(rows, work.C, work.H, grad_h, work.H, work.w1, nullptr, work.grad_x + row * work.C, work.C,
+                      [](int64_t, int64_t) {});
+  }
+}
+
+constexpr int64_t kRows = 256;  // whose columns are packed at once, for the gradient of a weight
+
+// Columns of a matrix, or of its GELU, as the rows of tiles: of a tile all terms, of a term its TILE rows in a vector.
+// Adds terms to sums, a vector for each tile.
+inline void pack_tiles(const float* from, int64_t row, int64_t terms, int64_t columns, bool of_gelu, float* to,
+                       float* sums) {
+  constexpr int64_t kNear = 8;  // rows that are read together: the first cache holds them
+  for (int64_t begin = 0; begin < terms; begin += kNear) {
+    const int64_t end = begin + kNear < terms ? begin + kNear : terms;
+    for (int64_t n = 0, tile = 0; n < columns; n += TILE, ++tile) {
+      Vector sum = load(sums + tile * LANES);
+      for (int64_t k = begin; k < end; ++k) {
+        const float* part = from + k * row + n;
+        Vector x = {};
+        if (n + LANES <= columns)
+          x = load(part);
+        else
+          __builtin_memcpy(&x, part, (columns - n) * sizeof(float));
+        if (of_gelu) x = gelu(x);
+        store(to + (tile * terms + k) * LANES, x);
+        sum += x;
+      }
+      store(sums + tile * LANES, sum);
+    }
+  }
+}
+
+void weight_gradient(const WeightGradient& work, int64_t begin, int64_t end) {
+  const int64_t N = work.N, K = work.K, tiles = (N + TILE - 1) / TILE, most = (tiles + work.groups - 1) / work.groups;
+  Scratch scratch(most * (kRows + 1) * LANES + kRows * kPanel, 3);
+  float *rows = scratch.take(most * kRows * LANES), *panel = scratch.take(kRows * kPanel);
+  float* sums = scratch.take(most * LANES);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t part = unit / work.groups, group = unit % work.groups;
+    const int64_t first = group * tiles / work.groups * TILE, stop = (group + 1) * tiles / work.groups * TILE;
+    const int64_t last = stop < N ? stop : N;
+    const int64_t from = part * work.M / work.parts, count = (part + 1) * work.M / work.parts - from;
+    const int64_t chunks = (count + kRows - 1) / kRows;  // as large as each other
+    float* c = work.c + part * N * K;
+    __builtin_memset(sums, 0, most * LANES * sizeof(float));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t m = from + chunk * count / chunks, terms = from + (chunk + 1) * count / chunks - m;
+      pack_tiles(work.a + m * N + first, N, terms, last - first, work.gelu_a, rows, sums);
+      for (int64_t k = 0; k < K; k += kPanel) {
+        const int64_t columns = K - k < kPanel ? K - k : kPanel;
+        pack_panel(work.b + m * K + k, K, 1, terms, columns, panel);
+        if (work.gelu_b)
+          for (int64_t j = 0; j < terms * kPanel; j += LANES) store(panel + j, gelu(load(panel + j)));
+        const float* tile = rows;
+        for (int64_t n = first; n < last; n += TILE, tile += terms * LANES) {
+          float* to = c + n * K + k;
+          multiply_some(last - n < TILE ? last - n : TILE, columns, tile, 1, LANES, panel, terms,
+                        chunk ? to : nullptr, K, to, K);
+        }
+      }
+    }
+    for (int64_t n = first; n < last; ++n)
+      work.sums[part * N + n] = sums[(n - first) / TILE * LANES + (n - first) % TILE];
+    if (chunks == 0) __builtin_memset(c + first * K, 0, (last - first) * K * sizeof(float));
+  }
+}
+
+}  // namespace SET
+}  // namespace swin

@@ -1,0 +1,281 @@
+// The operators' schemas, their checks, and how their work is shared out. None of it depends on the number of threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "call.h"
+#include "choose.h"
+
+namespace swin {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Numbers = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kRows = 192;            // of a block, at most
+constexpr int64_t kFewestRows = 24;       // at least, that make a panel worth fetching
+constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's products: those that a cache holds
+constexpr int64_t kColumns = 192;         // of a group, whose rows of a weight's gradient are computed together
+constexpr int64_t kParts = 64;            // groups times parts of the rows, about
+constexpr int64_t kRowsOfPart = 768;      // at least
+constexpr int64_t kFewestUnits = 4;       // of a weight's gradient, for threads to share
+
+int64_t divide(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+const Code& choose(int64_t lanes) { return choose_code(kPlain, kAvx2, kAvx512, lanes); }
+
+const float* numbers(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+float* numbers_of(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+void check(const Tensor& x, const char* name, const Numbers& sizes) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous();
+  std::string expected;
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || x.size(i) == sizes[i];
+  for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
+  require(same && x.scalar_type() == ScalarType::Float && x.device().is_cpu(),
+          std::string(name) + " must be contiguous float32 on the CPU, (" + expected + ")");
+}
+
+const float* numbers_of_bias(const MaybeTensor& bias, const char* name, const Numbers& sizes) {
+  if (!bias) return nullptr;
+  check(*bias, name, sizes);
+  return numbers(*bias);
+}
+
+Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::new_empty(like, sizes); }
+
+template <typename Work>
+void share(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
+  if (units > 0) torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+}
+
+// Blocks of rows, of each of which so many numbers are kept: as many for one thread as for the others. Results do not
+// depend on it, for no row depends on another.
+int64_t blocks_of(int64_t M, int64_t kept) {
+  const int64_t most = std::max(kFewestRows, std::min(kRows, kHidden / std::max<int64_t>(kept, 1)));
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::min(divide(divide(M, most), threads) * threads, divide(M, kFewestRows));
+}
+
+// A matrix of rows x columns, row by row, as the right side of a product: itself, or across, so that rows are columns.
+struct Matrix {
+  const float* data;
+  int64_t rows, columns;
+  bool across;
+};
+
+int64_t packed_size(int64_t rows, int64_t columns, const Code& code) {  // either way
+  return std::max(divide(rows, code.panel) * columns, divide(columns, code.panel) * rows) * code.panel;
+}
+
+const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
+  const int64_t terms = matrix.across ? matrix.columns : matrix.rows;
+  const int64_t columns = matrix.across ? matrix.rows : matrix.columns;
+  const int64_t b_term = matrix.across ? 1 : matrix.columns, b_column = matrix.across ? matrix.columns : 1;
+  const Packing work{matrix.data, b_term, b_column, terms, columns, numbers_of(packed)};
+  share(code.pack, work, divide(columns, code.panel));
+  return numbers(packed);
+}
+
+void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
+  Tensor packed = empty(a, {packed_size(b.rows, b.columns, code)});
+  const float* panels = pack(b, packed, code);
+  const int64_t M = a.size(0);
+  const Product work{numbers(a), panels, bias, numbers_of(c), M, c.size(1), a.size(1), blocks_of(M, 1)};
+  share(code.product, work, work.blocks);
+}
+
+Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
+  const Code& code = choose(lanes);
+  check(x, "x", {-1, -1});
+  check(weight, "weight", {-1, x.size(1)});
+  require(weight.size(0) > 0 && weight.size(1) > 0, "weight must not be empty");
+  const float* start = numbers_of_bias(bias, "bias", {weight.size(0)});
+  Tensor y = empty(x, {x.size(0), weight.size(0)});
+  multiply(x, Matrix{numbers(weight), weight.size(0), weight.size(1), true}, start, y, code);
+  return y;
+}
+
+// c and sums of what else `work` says; sums may be null.
+void weight_gradient(WeightGradient work, float* c, float* sums, const Tensor& like, const Code& code) {
+  work.parts = std::max<int64_t>(1, std::min(divide(kParts, divide(work.N, kColumns)), work.M / kRowsOfPart));
+  const int64_t groups = std::max(divide(work.N, kColumns), divide(kFewestUnits, work.parts));
+  work.groups = std::max<int64_t>(1, std::min(groups, divide(work.N, kColumns / kFewestUnits)));
+  const int64_t size = work.N * work.K;
+  Tensor parts = empty(like, {work.parts > 1 ? work.parts * size : 0});
+  std::vector<float> parts_of_sums(work.parts * work.N);
+  work.c = work.parts > 1 ? numbers_of(parts) : c;
+  work.sums = parts_of_sums.data();
+  share(code.weight_gradient, work, work.parts * work.groups);
+  for (int64_t n = 0; sums && n < work.N; ++n) {
+    sums[n] = 0;
+    for (int64_t part = 0; part < work.parts; ++part) sums[n] += work.sums[part * work.N + n];
+  }
+  if (work.parts > 1 && size > 0)
+    torch::stable::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
+      std::copy(work.c + begin, work.c + end, c + begin);
+      for (int64_t part = 1; part < work.parts; ++part)
+        for (int64_t i = begin; i < end; ++i) c[i] += work.c[part * size + i];
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool needs_x,
+                                            bool needs_weight, int64_t lanes) {
+  const Code& code = choose(lanes);
+  const int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
+  check(x, "x", {-1, -1});
+  check(weight, "weight", {-1, K});
+  check(grad, "grad", {M, N});
+  require(N > 0 && K > 0, "weight must not be empty");
+  Tensor grad_x = empty(x, {needs_x ? M : 0, K}), grad_w = empty(x, {needs_weight ? N : 0, K});
+  Tensor grad_b = empty(x, {needs_weight ? N : 0});
+  if (needs_x) multiply(grad, Matrix{numbers(weight), N, K, false}, nullptr, grad_x, code);
+  if (needs_weight)
+    weight_gradient({numbers(grad), numbers(x), false, false, nullptr, nullptr, M, N, K, 0, 0}, numbers_of(grad_w),
+                    numbers_of(grad_b), x, code);
+  return {grad_x, grad_w, grad_b};
+}
+
+// E MLPs of C, H and C_out channels, each for its share of M rows.
+struct Sizes {
+  int64_t M, E, C, H, C_out;
+  bool across;  // whether w2 is (E, C_out, H), else (E, H, C_out)
+
+  Numbers w2() const { return across ? Numbers{E, C_out, H} : Numbers{E, H, C_out}; }
+
+  Matrix first(const Tensor& w1, int64_t expert, bool forward) const {
+    return {numbers(w1) + expert * H * C, H, C, forward};
+  }
+
+  Matrix second(const Tensor& w2, int64_t expert, bool forward) const {
+    const float* data = numbers(w2) + expert * H * C_out;
+    return across ? Matrix{data, C_out, H, forward} : Matrix{data, H, C_out, !forward};
+  }
+};
+
+Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const Tensor& w2, bool across) {
+  check(x, "x", {-1, -1});
+  check(w1, "w1", {static_cast<int64_t>(counts.size()), -1, x.size(1)});
+  require(w2.dim() == 3, "w2 must have three dimensions");
+  const Sizes sizes{x.size(0), w1.size(0), x.size(1), w1.size(1), w2.size(across ? 1 : 2), across};
+  check(w2, "w2", sizes.w2());
+  require(sizes.C > 0 && sizes.H > 0 && sizes.C_out > 0, "w1 and w2 must not be empty");
+  int64_t sum = 0;
+  for (int64_t count : counts) {
+    require(count >= 0, "counts must not be negative");
+    sum += count;
+  }
+  require(sum == sizes.M, "counts must be those of x's rows");
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2,
+                               const MaybeTensor& b2, bool across, bool keep, int64_t lanes) {
+  const Code& code = choose(lanes);
+  const Sizes sizes = check_mlp(x, counts, w1, w2, across);
+  const auto [M, E, C, H, C_out, _] = sizes;
+  const float* first_bias = numbers_of_bias(b1, "b1", {E, H});
+  const float* second_bias = numbers_of_bias(b2, "b2", {E, C_out});
+  Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, H});
+  Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(H, C_out, code)});
+  for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
+    if (counts[expert] == 0) continue;
+    Mlp work{};
+    work.x = numbers(x) + row * C;
+    work.w1 = pack(sizes.first(w1, expert, true), packed1, code);
+    work.b1 = first_bias ? first_bias + expert * H : nullptr;
+    work.w2 = pack(sizes.second(w2, expert, true), packed2, code);
+    work.b2 = second_bias ? second_bias + expert * C_out : nullptr;
+    work.h = keep ? numbers_of(h) + row * H : nullptr;
+    work.y = numbers_of(y) + row * C_out;
+    work.M = counts[expert];
+    work.C = C;
+    work.H = H;
+    work.C_out = C_out;
+    work.blocks = blocks_of(work.M, H);
+    share(code.mlp, work, work.blocks);
+  }
+  return {y, h};
+}
+
+void add_rows(const float* rows, int64_t count, int64_t columns, float* sums) {
+  std::fill_n(sums, columns, 0.0f);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < columns; ++j) sums[j] += rows[i * columns + j];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
+                                                                Numbers counts, const Tensor& w1, const Tensor& w2,
+                                                                bool across, bool needs_x, bool needs_weights,
+                                                                int64_t lanes) {
+  const Code& code = choose(lanes);
+  const Sizes sizes = check_mlp(x, counts, w1, w2, across);
+  const auto [M, E, C, H, C_out, _] = sizes;
+  check(h, "h", {M, H});
+  check(grad, "grad", {M, C_out});
+  const int64_t experts = needs_weights ? E : 0;
+  Tensor grad_h = empty(x, {M, H}), grad_x = empty(x, {needs_x ? M : 0, C});
+  Tensor grad_w1 = empty(x, {experts, H, C}), grad_b1 = empty(x, {experts, H});
+  Numbers shape = sizes.w2();
+  shape[0] = experts;
+  Tensor grad_w2 = empty(x, shape), grad_b2 = empty(x, {experts, C_out});
+  Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(H, C_out, code)});
+  for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
+    MlpGradient work{};
+    work.grad = numbers(grad) + row * C_out;
+    work.h = numbers(h) + row * H;
+    work.w1 = pack(sizes.first(w1, expert, false), packed1, code);
+    work.w2 = pack(sizes.second(w2, expert, false), packed2, code);
+    work.grad_h = numbers_of(grad_h) + row * H;
+    work.grad_x = needs_x ? numbers_of(grad_x) + row * C : nullptr;
+    work.M = counts[expert];
+    work.C = C;
+    work.H = H;
+    work.C_out = C_out;
+    work.blocks = blocks_of(work.M, H);
+    share(code.mlp_gradient, work, work.blocks);
+    if (!needs_weights) continue;
+    float *to_w1 = numbers_of(grad_w1) + expert * H * C, *to_b1 = numbers_of(grad_b1) + expert * H;
+    float *to_w2 = numbers_of(grad_w2) + expert * H * C_out, *to_b2 = numbers_of(grad_b2) + expert * C_out;
+    const float* from = numbers(x) + row * C;
+    weight_gradient({work.grad_h, from, false, false, nullptr, nullptr, work.M, H, C, 0, 0}, to_w1, to_b1, x, code);
+    if (across) {
+      weight_gradient({work.grad, work.h, false, true, nullptr, nullptr, work.M, C_out, H, 0, 0}, to_w2, to_b2, x, code);
+    } else {
+      weight_gradient({work.h, work.grad, true, false, nullptr, nullptr, work.M, H, C_out, 0, 0}, to_w2, nullptr, x, code);
+      add_rows(work.grad, work.M, C_out, to_b2);
+    }
+  }
+  return {grad_x, grad_w1, grad_b1, grad_w2, grad_b2};
+}
+
+}  // namespace
+}  // namespace swin
+
+STABLE_TORCH_LIBRARY(swin_linear, m) {
+  m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
+  m.def(
+      "backward(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight, int lanes=0) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "mlp(Tensor x, int[] counts, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool across, bool keep, int lanes=0) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "mlp_backward(Tensor grad, Tensor x, Tensor h, int[] counts, Tensor w1, Tensor w2, bool across, bool needs_x, "
+      "bool needs_weights, int lanes=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
+  m.impl("forward", TORCH_BOX(&swin::forward));
+  m.impl("backward", TORCH_BOX(&swin::backward));
+  m.impl("mlp", TORCH_BOX(&swin::mlp));
+  m.impl("mlp_backward", TORCH_BOX(&swin::mlp_backward));
+}

@@ -1,0 +1,16 @@
+// For any processor: vectors of four floats, which SSE2 and NEON have.
+
+#include "call.h"
+#include "scratch.h"
+
+#define SET plain
+#define LANES 4
+#define TILE 4
+#include "linear.h"
+
+namespace swin {
+
+const Code kPlain{LANES, plain::kPanel, TILE, plain::pack, plain::product, plain::mlp, plain::mlp_gradient,
+                  plain::weight_gradient};
+
+}  // namespace swin

@@ -1,0 +1,395 @@
+"""kernels/linear, by its extension: against float64, for every instruction set, in models, and where they take it."""
+
+import copy
+
+import extensions
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, fill, golden, golden_images, make_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_window_attention import check_same, logits_and_gradients
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import linear as kernel
+from models import build_model
+from models import linear as module
+from models.experts import Experts
+from models.layers import Linear, Mlp
+from models.recomputation import RecomputingMlp
+from models.swin_transformer import SwinTransformer
+
+SOURCE = ROOT / "kernels" / "linear"
+TOLERANCE = 1e-5  # of a tensor's norm
+
+
+@pytest.fixture(scope="session")
+def built(request):
+    return extensions.load(request, SOURCE)
+
+
+@pytest.fixture
+def operators(built, monkeypatch):
+    """The operators; models use them, whatever this processor is."""
+    monkeypatch.setattr(kernel, "PROBLEM", "")
+    monkeypatch.setattr(module, "is_amd", lambda: True)
+    monkeypatch.setattr(module, "has_avx512", lambda: False)
+    return torch.ops.swin_linear
+
+
+@pytest.fixture
+def calls(operators, monkeypatch) -> list[str]:
+    """The names of the functions that models call."""
+    seen = []
+
+    def watch(name):
+        run = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *args: seen.append(name) or run(*args))
+
+    for name in ("linear", "mlp", "experts"):
+        watch(name)
+    return seen
+
+
+def lanes(operators) -> list[int]:
+    """Those of the instruction sets that this processor runs."""
+    found = []
+    for count in (4, 8, 16):
+        try:
+            operators.forward(torch.ones(1, 1), torch.ones(1, 1), None, count)
+        except RuntimeError as err:
+            assert f"no code of {count} lanes runs on this processor" in str(err)
+        else:
+            found.append(count)
+    assert 4 in found
+    return found
+
+
+def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    assert ours.shape == exact.shape
+    assert (ours.double() - exact).norm() <= TOLERANCE * exact.norm()
+
+
+def mlps_in_float64(x, counts, w1, b1, w2, b2, grad, across):
+    """Output and gradients."""
+    inputs = [None if part is None else part.double().requires_grad_() for part in (x, w1, b1, w2, b2)]
+    x, w1, b1, w2, b2 = inputs
+    parts = []
+    for i, rows in enumerate(x.split(counts)):
+        hidden = F.linear(rows, w1[i], None if b1 is None else b1[i])
+        parts.append(F.linear(F.gelu(hidden), w2[i] if across else w2[i].t(), None if b2 is None else b2[i]))
+    y = torch.cat(parts)
+    wanted = [part for part in inputs if part is not None]
+    return y.detach(), torch.autograd.grad(y, wanted, grad.double())
+
+
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 97, 200]))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.one_of(sizes, st.sampled_from([800, 1700])), inputs=sizes, outputs=sizes, bias=st.booleans())
+def test_layers_are_those_of_float64(operators, rows, inputs, outputs, bias):
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    added, grad = torch.randn(outputs) if bias else None, torch.randn(rows, outputs)
+    for count in lanes(operators):
+        exact = x.double() @ weight.double().t() + (added.double() if bias else 0)
+        close(operators.forward(x, weight, added, count), exact)
+        grad_x, grad_w, grad_b = operators.backward(grad, x, weight, True, True, count)
+        close(grad_x, grad.double() @ weight.double())
+        close(grad_w, grad.double().t() @ x.double())
+        close(grad_b, grad.double().sum(0))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counts=st.lists(st.one_of(st.integers(0, 30), st.just(900)), min_size=1, max_size=4),
+    channels=sizes,
+    hidden=sizes,
+    outputs=sizes,
+    biases=st.tuples(st.booleans(), st.booleans()),
+    across=st.booleans(),
+)
+def test_mlps_are_those_of_float64(operators, counts, channels, hidden, outputs, biases, across):
+    torch.manual_seed(sum(counts))
+    E, rows = len(counts), sum(counts)
+    x, grad = torch.randn(rows, channels), torch.randn(rows, outputs)
+    w1, w2 = torch.randn(E, hidden, channels) / channels**0.5, torch.randn(E, outputs, hidden)
+    w2 = w2 if across else w2.mT.contiguous()
+    b1, b2 = (torch.randn(E, n) if wanted else None for n, wanted in zip((hidden, outputs), biases, strict=True))
+    exact, exact_grads = mlps_in_float64(x, counts, w1, b1, w2, b2, grad, across)
+    for count in lanes(operators):
+        y, kept = operators.mlp(x, counts, w1, b1, w2, b2, across, True, count)
+        close(y, exact)
+        assert torch.equal(operators.mlp(x, counts, w1, b1, w2, b2, across, False, count)[0], y)
+        grads = operators.mlp_backward(grad, x, kept, counts, w1, w2, across, True, True, count)
+        exists = (True, True, biases[0], True, biases[1])
+        wanted = [ours for ours, there in zip(grads, exists, strict=True) if there]
+        for ours, theirs in zip(wanted, exact_grads, strict=True):
+            close(ours, theirs)
+
+
+def test_gelu_and_its_slope_are_those_of_float64_everywhere(operators):
+    one, x = torch.ones(1, 1, 1), torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
+    exact = x.double().requires_grad_()
+    F.gelu(exact).sum().backward()
+    for count in lanes(operators):
+        y, kept = operators.mlp(x[:, None], [len(x)], one, None, one, None, True, True, count)
+        slope = operators.mlp_backward(
+            torch.ones(len(x), 1), x[:, None], kept, [len(x)], one, one, True, True, False, count
+        )
+        bound = 4e-7 * exact.detach().abs().clamp(min=1)
+        assert ((y[:, 0].double() - F.gelu(exact)).abs() <= bound).all()
+        assert ((slope[0][:, 0].double() - exact.grad).abs() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_where_it_does_in_pytorch(operators, bad):
+    torch.manual_seed(0)
+    layer = Mlp(9, 20)
+    for place in ("x", "fc1.weight", "fc1.bias", "fc2.weight", "grad"):
+        model, x, grad = copy.deepcopy(layer), torch.randn(7, 9), torch.randn(7, 9)
+        {"x": x, "grad": grad, **dict(model.named_parameters())}[place].data.view(-1)[3] = bad
+        results = []
+        for there in (True, False):
+            kernel.PROBLEM = "" if there else "not here"
+            inputs = [x.clone().requires_grad_(), *model.parameters()]
+            y = model(inputs[0])
+            results.append([y, *torch.autograd.grad(y, inputs, grad)])
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours.isfinite(), theirs.isfinite()), place
+
+
+def test_results_are_the_same_bits_for_any_number_of_threads(operators):
+    torch.manual_seed(0)
+    layer, x, threads = nn.Sequential(Linear(33, 70), Mlp(70, 250)), torch.randn(2000, 33), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            y = layer(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (2, 3, 4, 24), (24,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_modules_take_any_shape_and_order(calls, shape, bias):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    for layer, name in ((Linear(24, 10, bias=bias), "linear"), (Mlp(24, 40, 10, mlp_fc2_bias=bias), "mlp")):
+        exact = copy.deepcopy(layer).double()
+        for data in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+            inputs, doubles = data.detach().requires_grad_(), data.double().detach().requires_grad_()
+            y, expected = layer(inputs), exact(doubles)
+            close(y.detach(), expected.detach())
+            grads = torch.autograd.grad(y.sin().sum(), [inputs, *layer.parameters()])
+            exact_grads = torch.autograd.grad(expected.sin().sum(), [doubles, *exact.parameters()])
+            for ours, theirs in zip(grads, exact_grads, strict=True):
+                close(ours, theirs)
+            with torch.inference_mode():
+                assert torch.equal(layer(data), y)
+        assert calls == [name] * 4
+        calls.clear()
+
+
+def test_only_the_gradients_that_are_needed_are_there(operators):
+    x = torch.randn(6, 8, requires_grad=True)
+    for layer in (Linear(8, 4), Mlp(8, 16)):
+        for frozen in (["weight"], ["bias"], ["weight", "bias"]):
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(name.split(".")[-1] not in frozen)
+                parameter.grad = None
+            layer(x.detach()).sum().backward() if len(frozen) == 1 else layer(x).sum().backward()
+            for parameter in layer.parameters():
+                assert (parameter.grad is not None) == parameter.requires_grad
+
+
+def test_second_derivatives_are_pytorchs(operators):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, requires_grad=True)
+    for layer in (Linear(5, 4), Mlp(5, 6)):
+        results = []
+        for model, data in ((layer, x), (copy.deepcopy(layer).double(), x.detach().double().requires_grad_())):
+            (grad,) = torch.autograd.grad(model(data).square().sum(), data, create_graph=True)
+            results.append(torch.autograd.grad(grad.square().sum(), [data, *model.parameters()], allow_unused=True))
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs.norm():
+                close(ours, theirs)
+
+
+def test_others_compute_what_the_kernels_do_not(calls):
+    """Other precisions, tangents, vmap, tracers, counters, compilers."""
+    layer, x = Mlp(8, 16), torch.randn(3, 8)
+    expected = layer(x)
+    assert calls.pop() == "mlp"
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    copy.deepcopy(layer).double()(x.double())
+    torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(torch.func.vmap(layer)(x[None])[0], expected)
+    torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), expected)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 8 * 16
+    layer(x[:0])
+    assert not calls
+
+
+@pytest.mark.parametrize("watched", ["fc1", "act", "drop", "fc2"])
+def test_hooks_see_what_is_between(calls, watched):
+    layer, x, seen = Mlp(8, 16), torch.randn(3, 8), []
+    expected = layer(x)
+    handle = layer.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
+    calls.clear()
+    torch.testing.assert_close(layer(x), expected)
+    assert seen and "mlp" not in calls
+    handle.remove()
+    layer(x)
+    assert calls[-1] == "mlp"
+
+
+def test_dropout_and_other_activations_are_not_left_out(calls):
+    torch.manual_seed(0)
+    layer, x = Mlp(8, 16, drop=0.5), torch.randn(400, 8)
+    assert (layer.train()(x) == 0).float().mean() > 0.4
+    assert calls == ["linear", "linear"]
+    layer.eval()(x)
+    assert calls.pop() == "mlp"
+    for act in (nn.ReLU, lambda: nn.GELU("tanh")):
+        other = Mlp(8, 16, act_layer=act)
+        calls.clear()
+        torch.testing.assert_close(other(x), other.fc2(other.act(other.fc1(x))))
+        assert "mlp" not in calls
+
+
+def test_an_mlp_keeps_no_more_than_one_that_computes_again(operators):
+    """Hidden values before GELU, and the input."""
+    kept = {}
+    for kind in (Mlp, RecomputingMlp):
+        sizes, layer, x = {}, Mlp(16, 64), torch.randn(10, 16)
+        layer.__class__ = kind
+        own = {parameter.data_ptr() for parameter in layer.parameters()}
+
+        def pack(tensor, sizes=sizes, own=own):
+            if tensor.data_ptr() not in own:
+                sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x)
+        kept[kind] = sum(sizes.values())
+    assert kept[Mlp] == kept[RecomputingMlp] == 10 * (16 + 64)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 7], [4, 4, 4], [0, 0, 12]])
+def test_experts_are_those_of_pytorch(calls, counts):
+    torch.manual_seed(0)
+    experts, x = Experts(8, 20, 3), torch.randn(12, 8)
+    experts.reset_parameters(0.3, 1)
+    nn.init.normal_(experts.batched_fc1_bias)
+    nn.init.normal_(experts.batched_fc2_bias)
+    results = []
+    for there in (True, False):
+        kernel.PROBLEM = "" if there else "not here"
+        results.append([])
+        for run in (lambda y: experts.grouped(y, torch.tensor(counts)), lambda y: experts(y.view(3, 4, 8))):
+            data = x.clone().requires_grad_()
+            y = run(data)
+            results[-1] += [y, *torch.autograd.grad(y.square().sum(), [data, *experts.parameters()])]
+    assert calls == ["experts", "experts"]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(3, 4, dtype=torch.float64)}, r"x must be contiguous float32 on the CPU, \(\*, \*\)"),
+        ({"x": torch.zeros(4, 3).t()}, r"x must be contiguous"),
+        ({"x": torch.zeros(4)}, r"x must be contiguous"),
+        ({"x": torch.zeros(3, 5)}, r"w1 must be contiguous float32 on the CPU, \(1, \*, 5\)"),
+        ({"counts": [2]}, r"counts must be those of x's rows"),
+        ({"counts": [4, -1], "w1": torch.zeros(2, 6, 4), "w2": torch.zeros(2, 2, 6)}, r"counts must not be negative"),
+        ({"w2": torch.zeros(1, 2, 5)}, r"w2 must be contiguous float32 on the CPU, \(1, 2, 6\)"),
+        ({"w2": torch.zeros(2, 6)}, r"w2 must have three dimensions"),
+        ({"w1": torch.zeros(1, 0, 4), "w2": torch.zeros(1, 2, 0)}, r"w1 and w2 must not be empty"),
+    ],
+)
+def test_wrong_arguments_are_errors_not_crashes(operators, change, message):
+    call = {"x": torch.zeros(3, 4), "counts": [3], "w1": torch.zeros(1, 6, 4), "w2": torch.zeros(1, 2, 6)} | change
+    with pytest.raises(RuntimeError, match=message):
+        operators.mlp(**call, b1=None, b2=None, across=True, keep=True)
+    with pytest.raises(RuntimeError, match=message):
+        operators.mlp_backward(
+            torch.zeros(3, 2), h=torch.zeros(3, 6), **call, across=True, needs_x=True, needs_weights=True
+        )
+
+
+def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
+    x, weight = torch.zeros(3, 4), torch.zeros(2, 4)
+    with pytest.raises(RuntimeError, match=r"bias must be contiguous float32 on the CPU, \(2\)"):
+        operators.forward(x, weight, torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"weight must be contiguous float32 on the CPU, \(\*, 4\)"):
+        operators.forward(x, torch.zeros(2, 5), None)
+    with pytest.raises(RuntimeError, match=r"weight must not be empty"):
+        operators.forward(torch.zeros(3, 0), torch.zeros(2, 0), None)
+    with pytest.raises(RuntimeError, match=r"grad must be contiguous float32 on the CPU, \(3, 2\)"):
+        operators.backward(torch.zeros(3, 3), x, weight, True, True)
+    with pytest.raises(RuntimeError, match=r"h must be contiguous float32 on the CPU, \(3, 6\)"):
+        arguments = (torch.zeros(3, 2), x, torch.zeros(3, 5), [3], torch.zeros(1, 6, 4), torch.zeros(1, 2, 6))
+        operators.mlp_backward(*arguments, True, True, True)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_models_give_the_same_logits_and_gradients(calls, checkpointed):
+    shape = {"img_size": 24, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 6}
+    model = fill(SwinTransformer(**shape, num_classes=5, drop_path_rate=0.0, use_checkpoint=checkpointed)).eval()
+    images = golden_images(3, 2, 24)
+    kernel.PROBLEM = "not here"
+    expected = logits_and_gradients(model, images)
+    assert not calls
+    kernel.PROBLEM = ""
+    check_same(logits_and_gradients(model, images), expected, 1e-4)
+    assert calls.count("mlp") == (6 if checkpointed else 3) and "linear" in calls
+    with torch.no_grad():
+        check_same([model(images)], expected[:1], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["swin/swin_tiny_patch4_window7_224", "swinv2/swinv2_tiny_patch4_window8_256"])
+def test_golden_models(calls, kind):
+    name = f"configs/{kind}.yaml"
+    expected = golden("models")[name]
+    model = fill(build_model(make_config(name, "MODEL.NUM_CLASSES", expected["num_classes"]))).eval()
+    logits = model(golden_images(expected["input_seed"], expected["batch"], expected["img_size"]))
+    loss = F.cross_entropy(logits, torch.arange(expected["batch"]) % expected["num_classes"])
+    loss.backward()
+    torch.testing.assert_close(logits[:, :10], torch.tensor(expected["logits_first10"]), atol=2e-4, rtol=1e-4)
+    assert loss.item() == pytest.approx(expected["loss"], abs=1e-4, rel=1e-5)
+    norms = {name: parameter.grad.norm().item() for name, parameter in model.named_parameters()}
+    assert {name: norms[name] for name in expected["grad_norms"]} == pytest.approx(expected["grad_norms"], rel=1e-3)
+    assert calls.count("mlp") == 12
+
+
+@pytest.mark.parametrize(
+    "amd, avx512, problem, takes",
+    [(True, False, "", True), (True, True, "", False), (False, False, "", False), (True, False, "not built", False)],
+)
+def test_which_processors_take_them(calls, monkeypatch, amd, avx512, problem, takes):
+    """AMD's without AVX-512: on the others, nobody has measured them."""
+    monkeypatch.setattr(module, "is_amd", lambda: amd)
+    monkeypatch.setattr(module, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(kernel, "PROBLEM", problem)
+    layer, x = Mlp(8, 16), torch.randn(3, 8)
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(F.gelu(F.linear(x, *layer.fc1.parameters())), *layer.fc2.parameters()))
+    assert bool(calls) == takes
