@@ -7,6 +7,7 @@ from test_sizes import every_family, small
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import linear
 from kernels.window_attention import cpu
 from models import attention, backbone
 from models.attention import window_order
@@ -28,6 +29,12 @@ GEOMETRIES = [
 def no_kernel(monkeypatch):
     """The fused kernel for CPUs is not built."""
     monkeypatch.setattr(cpu, "PROBLEM", "not built")
+
+
+@pytest.fixture
+def no_linear_kernel(monkeypatch):
+    """That for linear layers, which takes whole batches, is not built."""
+    monkeypatch.setattr(linear, "PROBLEM", "not built")
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ def test_gathered_only_where_it_may(gathered):
 
 
 @every_family
-def test_a_batch_in_parts_gives_what_the_whole_batch_gives(monkeypatch, family):
+def test_a_batch_in_parts_gives_what_the_whole_batch_gives(no_linear_kernel, monkeypatch, family):
     model = small(family).eval()
     images = torch.randn(5, 3, 32, 32)
     whole = tensors(model(images))  # with gradients: never in parts
@@ -147,7 +154,7 @@ def test_modes_see_plain_operators_and_leave_nothing_behind(family):
         assert all(torch.isfinite(out).all() for out in tensors(model(images)))
 
 
-def test_a_part_has_as_many_images_as_the_caches_hold(monkeypatch):
+def test_a_part_has_as_many_images_as_the_caches_hold(no_linear_kernel, monkeypatch):
     stage = small(SwinTransformer).eval().layers[0]
     x = torch.randn(7, 64, 16)  # an MLP's hidden values of an image: 64 * 64 * 4 bytes
     with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, make_config
 
+from kernels import linear
 from models import build_model
 from models.expert_parallel import ExpertGroups, expert_parameters
 from tools import plan_scaling
@@ -51,8 +52,9 @@ def test_figures_are_those_of_the_formulas():
         assert (exchange.tokens, exchange.slots, exchange.bytes) == (tokens, slots, 96 * slots * C * 2)
 
 
-def test_what_is_kept_is_what_a_real_pass_keeps():
-    """On the CPU, which has the same tensors in blocks without experts, and one process's parameters."""
+def test_what_is_kept_is_what_a_real_pass_keeps(monkeypatch):
+    """On the CPU, whose tensors are the same in blocks without experts and kernels, and one process's parameters."""
+    monkeypatch.setattr(linear, "PROBLEM", "not built")
     config = make_config(DIGITS, "MODEL.NUM_CLASSES", 10, "MODEL.ATTENTION_BACKEND", "reference")
     planned, real = meta_model(config, Planned(size=1)), build_model(config)
     assert [p.shape for p in planned.parameters()] == [p.shape for p in real.parameters()]
