@@ -164,8 +164,8 @@ def mlp_steps(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device
     moved, product = 4 * tokens * C, 16 * tokens * C * C
     return [
         Step("MLP, forward", 2 * moved, product, {name: partial(forward, run) for name, run in runs.items()}),
-        # the input twice, the output, the hidden values' gradient and the hidden values, each written and read
-        Step("MLP, forward and backward", 20 * moved, 3 * product, {n: partial(both, run) for n, run in runs.items()}),
+        # of C channels: input, output and gradients of both, the input twice; of 4 C, written and read: two
+        Step("MLP, forward and backward", 21 * moved, 3 * product, {n: partial(both, run) for n, run in runs.items()}),
     ]
 
 

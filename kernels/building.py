@@ -28,7 +28,8 @@ def cpu_extension(package: str) -> CppExtension:
         f"{package}._C",
         [f"csrc/{name}.cpp" for name in ("operators", "plain", "avx2", "avx512")],
         include_dirs=[str(shared)],
-        extra_compile_args=[*COMPILE, "-ffp-contract=fast"],
+        # Hidden: both extensions have names such as swin::kAvx2, which a program that links both would mix up.
+        extra_compile_args=[*COMPILE, "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"],
         py_limited_api=True,  # no file of a Python version: the library holds operators, no Python module
         depends=sorted(str(path) for folder in (Path("csrc"), shared) for path in folder.glob("*.h")),
     )

@@ -14,9 +14,10 @@ from kernels import linear as kernel
 
 from . import memory
 from .expert_parallel import ExpertGroups, gather_shards
-from .linear import product, takes_kernel
+from .linear import is_hooked, product, takes_kernel
 from .routers import draw
 
+FEWEST_ROWS = 16  # of an expert, on average, for which the kernels for CPUs are worth it
 GROUPED_DEVICES = ("cuda",)  # where a grouped product is quicker than a loop; on the CPU it is a loop itself
 
 
@@ -116,7 +117,8 @@ class Experts(nn.Module):
 
     def takes_kernel(self, x: Tensor, weight: Tensor) -> bool:
         """Whether all of an expert is one call of the kernels for CPUs."""
-        return not (self.drop.training and self.drop.p > 0) and takes_kernel(x, weight)
+        drops = is_hooked(self.drop) or (self.drop.training and self.drop.p > 0)
+        return not drops and x.numel() >= FEWEST_ROWS * weight.shape[0] * self.dim and takes_kernel(x, weight)
 
     def loop(self, x: Tensor, weights: Sequence[Tensor], counts: list[int]) -> Tensor:
         """As `grouped`, expert by expert. Without gradients GELU is in place: to ask for memory costs time."""

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kernels import linear as kernel
 
+FEWEST_ROWS = 48  # for which the kernels, which copy weights in their own order, are worth it
+
 
 class Linear(nn.Linear):
     """``nn.Linear`` by `linear`."""
@@ -32,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by the kernels or oneDNN where they are faster."""
     if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
-    if kernel_is_faster():
+    if kernel_is_faster() and _has_rows(x):
         return kernel.linear(x, weight, bias)
     if not takes_onednn():
         return F.linear(x, weight, bias)
@@ -54,9 +56,11 @@ def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: 
     """Whether all of an MLP is one call of the kernels."""
     return (
         type(fc2) is Linear
+        and type(drop) is nn.Dropout
         and not (is_hooked(fc2) or is_hooked(drop) or (drop.training and drop.p > 0))
         and _is_linear_gelu(fc1, act)
         and takes_kernel(x, fc1.weight, fc2.weight)
+        and _has_rows(x)
     )
 
 
@@ -87,8 +91,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor |
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook of a module's own sees what goes in or comes out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a hook of a module's own sees what goes in or comes out, or the gradients of either."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def runs_plainly() -> bool:
@@ -111,13 +116,19 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a layer in float32 on a CPU, computed here and now."""
     return (
         runs_plainly()
-        and x.device.type == "cpu"
+        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and weight.layout == torch.strided
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # not one that is quantised or sharded
         and x.numel() > 0
+        and weight.numel() > 0
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _has_rows(x: Tensor) -> bool:
+    return x.numel() >= FEWEST_ROWS * x.shape[-1]
 
 
 def _is_linear_gelu(layer: nn.Module, act: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear as kernel
-from models import build_model
+from models import build_model, experts
 from models import linear as module
 from models.experts import Experts
 from models.layers import Linear, Mlp
@@ -36,6 +36,8 @@ def operators(built, monkeypatch):
     monkeypatch.setattr(kernel, "PROBLEM", "")
     monkeypatch.setattr(module, "is_amd", lambda: True)
     monkeypatch.setattr(module, "has_avx512", lambda: False)
+    monkeypatch.setattr(module, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(experts, "FEWEST_ROWS", 0)
     return torch.ops.swin_linear
 
 
@@ -85,7 +87,7 @@ def mlps_in_float64(x, counts, w1, b1, w2, b2, grad, across):
     return y.detach(), torch.autograd.grad(y, wanted, grad.double())
 
 
-sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 97, 200]))
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 96, 97, 200, 1025]))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -246,11 +248,21 @@ def test_others_compute_what_the_kernels_do_not(calls):
 def test_hooks_see_what_is_between(calls, watched):
     layer, x, seen = Mlp(8, 16), torch.randn(3, 8), []
     expected = layer(x)
-    handle = layer.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
-    calls.clear()
-    torch.testing.assert_close(layer(x), expected)
-    assert seen and "mlp" not in calls
-    handle.remove()
+    module = layer.get_submodule(watched)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: seen.append(1))
+        calls.clear()
+        y = layer(x)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward()
+        assert seen and "mlp" not in calls
+        handle.remove()
+        seen.clear()
     layer(x)
     assert calls[-1] == "mlp"
 
@@ -262,6 +274,9 @@ def test_dropout_and_other_activations_are_not_left_out(calls):
     assert calls == ["linear", "linear"]
     layer.eval()(x)
     assert calls.pop() == "mlp"
+    layer.drop = nn.Identity()
+    layer.train()(x)
+    calls.clear()
     for act in (nn.ReLU, lambda: nn.GELU("tanh")):
         other = Mlp(8, 16, act_layer=act)
         calls.clear()
@@ -291,19 +306,23 @@ def test_an_mlp_keeps_no_more_than_one_that_computes_again(operators):
 @pytest.mark.parametrize("counts", [[5, 0, 7], [4, 4, 4], [0, 0, 12]])
 def test_experts_are_those_of_pytorch(calls, counts):
     torch.manual_seed(0)
-    experts, x = Experts(8, 20, 3), torch.randn(12, 8)
-    experts.reset_parameters(0.3, 1)
-    nn.init.normal_(experts.batched_fc1_bias)
-    nn.init.normal_(experts.batched_fc2_bias)
+    layer, x = Experts(8, 20, 3), torch.randn(12, 8)
+    layer.reset_parameters(0.3, 1)
+    nn.init.normal_(layer.batched_fc1_bias)
+    nn.init.normal_(layer.batched_fc2_bias)
     results = []
     for there in (True, False):
         kernel.PROBLEM = "" if there else "not here"
         results.append([])
-        for run in (lambda y: experts.grouped(y, torch.tensor(counts)), lambda y: experts(y.view(3, 4, 8))):
+        for run in (lambda y: layer.grouped(y, torch.tensor(counts)), lambda y: layer(y.view(3, 4, 8))):
             data = x.clone().requires_grad_()
             y = run(data)
-            results[-1] += [y, *torch.autograd.grad(y.square().sum(), [data, *experts.parameters()])]
+            results[-1] += [y, *torch.autograd.grad(y.square().sum(), [data, *layer.parameters()])]
     assert calls == ["experts", "experts"]
+    layer.drop.register_forward_hook(lambda *_: calls.clear())
+    kernel.PROBLEM = ""
+    layer(x.view(3, 4, 8))
+    assert not calls
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -316,7 +335,8 @@ def test_experts_are_those_of_pytorch(calls, counts):
         ({"x": torch.zeros(4)}, r"x must be contiguous"),
         ({"x": torch.zeros(3, 5)}, r"w1 must be contiguous float32 on the CPU, \(1, \*, 5\)"),
         ({"counts": [2]}, r"counts must be those of x's rows"),
-        ({"counts": [4, -1], "w1": torch.zeros(2, 6, 4), "w2": torch.zeros(2, 2, 6)}, r"counts must not be negative"),
+        ({"counts": [2**62] * 4, "w1": torch.zeros(4, 6, 4), "w2": torch.zeros(4, 2, 6)}, r"counts must be those"),
+        ({"counts": [3, -1], "w1": torch.zeros(2, 6, 4), "w2": torch.zeros(2, 2, 6)}, r"counts must not be negative"),
         ({"w2": torch.zeros(1, 2, 5)}, r"w2 must be contiguous float32 on the CPU, \(1, 2, 6\)"),
         ({"w2": torch.zeros(2, 6)}, r"w2 must have three dimensions"),
         ({"w1": torch.zeros(1, 0, 4), "w2": torch.zeros(1, 2, 0)}, r"w1 and w2 must not be empty"),
@@ -393,3 +413,14 @@ def test_which_processors_take_them(calls, monkeypatch, amd, avx512, problem, ta
     y = layer(x)
     torch.testing.assert_close(y, F.linear(F.gelu(F.linear(x, *layer.fc1.parameters())), *layer.fc2.parameters()))
     assert bool(calls) == takes
+
+
+def test_few_rows_are_left_to_pytorch(calls, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_ROWS", 48)
+    monkeypatch.setattr(experts, "FEWEST_ROWS", 16)
+    layers, mixture = [Linear(8, 4), Mlp(8, 16)], Experts(8, 16, 3)
+    for rows, expected in ((47, []), (48, ["linear", "mlp", "experts"])):
+        for layer in layers:
+            layer(torch.randn(1, rows, 8))
+        mixture.grouped(torch.randn(rows, 8), torch.tensor([0, 40, rows - 40]))
+        assert calls == expected

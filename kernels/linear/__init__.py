@@ -14,7 +14,8 @@ INSTALL = "pip install ./kernels/linear --no-build-isolation"
 try:
     import swin_linear  # noqa: F401 - loads the operators
 
-    PROBLEM = ""
+    plain = torch.ops.swin_linear.lanes(torch.empty(0, device="cpu")) < 8
+    PROBLEM = "for this processor and compiler it has plain code alone, slower than PyTorch's" if plain else ""
 except (ImportError, OSError) as err:  # OSError: a library that this PyTorch cannot load
     PROBLEM = f"the extension for linear layers is not built: {' '.join(str(err).split())}; {INSTALL}"
 

@@ -26,8 +26,8 @@ struct Product {
 // An MLP of C, H and C_out channels: a = gelu(x w1 + b1), y = a w2 + b2. A block's a stays in the cache.
 struct Mlp {
   const float* x;         // M x C
-  const float *w1, *b1;   // packed
-  const float *w2, *b2;   // packed; b2 or null
+  const float *w1, *w2;   // packed
+  const float *b1, *b2;   // or null
   float* h;               // M x H: what gelu is of; or null
   float* y;               // M x C_out
   int64_t M, C, H, C_out, blocks;
@@ -59,7 +59,6 @@ struct WeightGradient {
 struct Code {
   int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel
-  int64_t tile;   // rows of a tile
   void (*pack)(const Packing& work, int64_t begin, int64_t end);
   void (*product)(const Product& work, int64_t begin, int64_t end);
   void (*mlp)(const Mlp& work, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-// The operators' schemas, their checks, and how their work is shared out. None of it depends on the number of threads.
+// The operators' schemas, their checks, and how their work is handed out. No result depends on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -52,8 +52,11 @@ const float* numbers_of_bias(const MaybeTensor& bias, const char* name, const Nu
 
 Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::new_empty(like, sizes); }
 
+// Numbers of a vector, of the code that is chosen; the tensor says on which device.
+int64_t lanes_of(const Tensor&) { return choose(0).lanes; }
+
 template <typename Work>
-void share(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
+void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
   if (units > 0) torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { run(work, begin, end); });
 }
 
@@ -81,7 +84,7 @@ const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
   const int64_t columns = matrix.across ? matrix.rows : matrix.columns;
   const int64_t b_term = matrix.across ? 1 : matrix.columns, b_column = matrix.across ? matrix.columns : 1;
   const Packing work{matrix.data, b_term, b_column, terms, columns, numbers_of(packed)};
-  share(code.pack, work, divide(columns, code.panel));
+  hand_out(code.pack, work, divide(columns, code.panel));
   return numbers(packed);
 }
 
@@ -90,7 +93,7 @@ void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, co
   const float* panels = pack(b, packed, code);
   const int64_t M = a.size(0);
   const Product work{numbers(a), panels, bias, numbers_of(c), M, c.size(1), a.size(1), blocks_of(M, 1)};
-  share(code.product, work, work.blocks);
+  hand_out(code.product, work, work.blocks);
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
@@ -114,7 +117,7 @@ void weight_gradient(WeightGradient work, float* c, float* sums, const Tensor& l
   std::vector<float> parts_of_sums(work.parts * work.N);
   work.c = work.parts > 1 ? numbers_of(parts) : c;
   work.sums = parts_of_sums.data();
-  share(code.weight_gradient, work, work.parts * work.groups);
+  hand_out(code.weight_gradient, work, work.parts * work.groups);
   for (int64_t n = 0; sums && n < work.N; ++n) {
     sums[n] = 0;
     for (int64_t part = 0; part < work.parts; ++part) sums[n] += work.sums[part * work.N + n];
@@ -171,6 +174,7 @@ Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const 
   int64_t sum = 0;
   for (int64_t count : counts) {
     require(count >= 0, "counts must not be negative");
+    require(count <= sizes.M - sum, "counts must be those of x's rows");  // without overflow
     sum += count;
   }
   require(sum == sizes.M, "counts must be those of x's rows");
@@ -201,15 +205,22 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
     work.H = H;
     work.C_out = C_out;
     work.blocks = blocks_of(work.M, H);
-    share(code.mlp, work, work.blocks);
+    hand_out(code.mlp, work, work.blocks);
   }
   return {y, h};
 }
 
+// Sums of columns, of parts of the rows at first, which loses less to rounding.
 void add_rows(const float* rows, int64_t count, int64_t columns, float* sums) {
+  constexpr int64_t kTogether = 256;
+  std::vector<float> part(columns);
   std::fill_n(sums, columns, 0.0f);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < columns; ++j) sums[j] += rows[i * columns + j];
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    std::fill(part.begin(), part.end(), 0.0f);
+    for (int64_t i = begin; i < std::min(begin + kTogether, count); ++i)
+      for (int64_t j = 0; j < columns; ++j) part[j] += rows[i * columns + j];
+    for (int64_t j = 0; j < columns; ++j) sums[j] += part[j];
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
@@ -241,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
     work.H = H;
     work.C_out = C_out;
     work.blocks = blocks_of(work.M, H);
-    share(code.mlp_gradient, work, work.blocks);
+    hand_out(code.mlp_gradient, work, work.blocks);
     if (!needs_weights) continue;
     float *to_w1 = numbers_of(grad_w1) + expert * H * C, *to_b1 = numbers_of(grad_b1) + expert * H;
     float *to_w2 = numbers_of(grad_w2) + expert * H * C_out, *to_b2 = numbers_of(grad_b2) + expert * C_out;
@@ -261,6 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
 }  // namespace swin
 
 STABLE_TORCH_LIBRARY(swin_linear, m) {
+  m.def("lanes(Tensor like) -> int");
   m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
   m.def(
       "backward(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight, int lanes=0) -> "
@@ -274,6 +286,7 @@ STABLE_TORCH_LIBRARY(swin_linear, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
+  m.impl("lanes", TORCH_BOX(&swin::lanes_of));
   m.impl("forward", TORCH_BOX(&swin::forward));
   m.impl("backward", TORCH_BOX(&swin::backward));
   m.impl("mlp", TORCH_BOX(&swin::mlp));
