@@ -116,7 +116,9 @@ class Experts(nn.Module):
         return torch.addmm(F.grouped_mm(self.drop(F.gelu(x)), w2, offs=offsets), member, b2)
 
     def takes_kernel(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether all of an expert is one call of the kernels for CPUs."""
+        """Whether all of an expert is one call of the kernels for CPUs; compilers do not know its operator."""
+        if torch.compiler.is_compiling():
+            return False
         drops = is_hooked(self.drop) or (self.drop.training and self.drop.p > 0)
         return not drops and x.numel() >= FEWEST_ROWS * weight.shape[0] * self.dim and takes_kernel(x, weight)
 

@@ -115,7 +115,7 @@ def computes_plainly() -> bool:
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a layer in float32 on a CPU, computed here and now."""
     return (
-        runs_plainly()
+        (torch.compiler.is_compiling() or runs_plainly())
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.layout == torch.strided
@@ -164,12 +164,24 @@ def has_pointwise() -> bool:
 
 
 def takes_onednn() -> bool:
-    return onednn_is_faster() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return (
+        runs_plainly() and onednn_is_faster() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    )
 
 
 def kernel_is_faster() -> bool:
-    """Whether this is an AMD CPU without AVX-512, the kernels are built, and derivatives are the usual ones."""
-    return not kernel.PROBLEM and is_amd() and not has_avx512() and computes_plainly()
+    """Whether this is an AMD CPU without AVX-512, the kernels are built, and derivatives are the usual ones.
+
+    In compiled models too, but not in exported ones, which other programs run.
+    """
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting() and _kernel_serves()
+    return _kernel_serves() and computes_plainly()
+
+
+@torch.compiler.assume_constant_result  # a compiler is not to look into it
+def _kernel_serves() -> bool:
+    return not kernel.PROBLEM and is_amd() and not has_avx512()
 
 
 def onednn_is_faster() -> bool:

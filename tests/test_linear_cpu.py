@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear as kernel
+from kernels.linear import operators as compiled
 from models import build_model, experts
 from models import linear as module
 from models.experts import Experts
@@ -226,7 +227,7 @@ def test_second_derivatives_are_pytorchs(operators):
 
 
 def test_others_compute_what_the_kernels_do_not(calls):
-    """Other precisions, tangents, vmap, tracers, counters, compilers."""
+    """Other precisions, tangents, vmap, tracers, counters, exported models."""
     layer, x = Mlp(8, 16), torch.randn(3, 8)
     expected = layer(x)
     assert calls.pop() == "mlp"
@@ -236,12 +237,59 @@ def test_others_compute_what_the_kernels_do_not(calls):
     torch.func.jvp(layer, (x,), (x,))
     torch.testing.assert_close(torch.func.vmap(layer)(x[None])[0], expected)
     torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), expected)
-    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    exported = torch.export.export(layer, (x,))
+    assert "swin" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), expected)
     with FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == 2 * 2 * 3 * 8 * 16
     layer(x[:0])
     assert not calls
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiled_layers_are_the_same(operators, bias, recomputing):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    mlp = Mlp(24, 40, 10, mlp_fc2_bias=bias)
+    mlp.__class__ = RecomputingMlp if recomputing else Mlp
+    layer, x = nn.Sequential(Linear(16, 24, bias=bias), mlp), torch.randn(2, 30, 16, requires_grad=True)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    expected = layer(x)
+    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), expected)
+    assert graphs[0].count("swin.linear.default") == graphs[0].count("swin.mlp.default") == 1
+    fast = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    inputs = [x, *layer.parameters()]
+    for data in (x, x.detach()):
+        wanted = [part for part in inputs if part is not x or data is x]
+        ours = torch.autograd.grad(fast(data).sin().sum(), wanted)
+        for a, b in zip(ours, torch.autograd.grad(layer(data).sin().sum(), wanted), strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(operators, bias):
+    x, weight, w2 = (torch.randn(shape, requires_grad=True) for shape in ((6, 4), (5, 4), (3, 5)))
+    b1, b2 = (torch.randn(n, requires_grad=True) if bias else None for n in (5, 3))
+    torch.library.opcheck(compiled.linear, (x, weight, b1))
+    (grad,) = torch.autograd.grad(compiled.linear(x, weight, b1).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^compiled linear layers have no second derivatives; leave out"):
+        grad.sum().backward()
+    torch.library.opcheck(compiled.mlp, (x, weight, b1, w2, b2, True))
+    x, weight, w2 = (part.detach() for part in (x, weight, w2))
+    hidden, grad = torch.randn(6, 5), torch.randn(6, 3)
+    torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None, False))
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(compiled.linear_backward, (hidden, x, weight, *needs))
+        torch.library.opcheck(compiled.mlp_backward, (grad, x, hidden, weight, w2, *needs))
 
 
 @pytest.mark.parametrize("watched", ["fc1", "act", "drop", "fc2"])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import operators
+
 INSTALL = "pip install ./kernels/linear --no-build-isolation"
 
 try:
@@ -22,6 +24,8 @@ except (ImportError, OSError) as err:  # OSError: a library that this PyTorch ca
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of float32 on a CPU: (..., C), (N, C) and (N,) to (..., N)."""
+    if torch.compiler.is_compiling():
+        return operators.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     rows, weight = _rows(x), weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     if _has_gradient(rows, weight, bias):
@@ -38,6 +42,9 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None)
         w1: (H, C).
         w2: (N, H).
     """
+    if torch.compiler.is_compiling():
+        y, _ = operators.mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, torch.is_grad_enabled())
+        return y.view(*x.shape[:-1], w2.shape[0])
     rows = _rows(x)
     weights = (part if part is None else part.unsqueeze(0) for part in (w1, b1, w2, b2))
     return _mlps(rows, [len(rows)], *weights, across=True).view(*x.shape[:-1], len(w2))
