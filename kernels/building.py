@@ -21,8 +21,22 @@ def check_setuptools(name: str) -> None:
         )
 
 
-def cpu_extension(package: str) -> CppExtension:
-    """The library of ``package``, from ``csrc`` beside setup.py, with code for each instruction set."""
+def setup_for_cpus(package: str, description: str) -> None:
+    """Set up ``package`` and its library, from ``csrc`` beside setup.py, with code for each instruction set."""
+    check_setuptools(package)
+    setuptools.setup(
+        name=package,
+        version="1.0.0",
+        description=description,
+        package_dir={"": "src"},
+        packages=[package],
+        ext_modules=[_cpu_extension(package)],
+        cmdclass={"build_ext": Build},
+        options=WHEEL,
+    )
+
+
+def _cpu_extension(package: str) -> CppExtension:
     shared = Path(__file__).parent / "csrc"
     return CppExtension(
         f"{package}._C",

@@ -22,7 +22,7 @@ from kernels import window_process
 
 from . import trial
 from .layers import Pair, check_window, padded_resolution, relative_position_index
-from .linear import Linear, computes_plainly, is_hooked, runs_plainly
+from .linear import Linear, computes_plainly, is_hooked, is_untransformed, runs_plainly
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -191,7 +191,7 @@ def fuses_on_cpu(qkv: Tensor) -> bool:
     if qkv.device.type != "cpu" or not fused.serves_cpu(qkv.dtype):
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+        return not torch.compiler.is_exporting() and is_untransformed()
     return type(qkv) is Tensor and computes_plainly()
 
 

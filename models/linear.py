@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: nn.Module) -> Tensor:
-    """``fc2(drop(act(fc1(x))))``, the kernels' way where nobody watches what is between, or GELU is oneDNN's."""
+    """``fc2(drop(act(fc1(x))))``, in one call of the kernels where nobody watches what is between."""
     if not fuses_mlp(x, fc1, act, drop, fc2):
         return fc2(drop(linear_act(x, fc1, act)))
     return kernel.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
@@ -71,7 +71,7 @@ def takes_kernel(x: Tensor, *weights: Tensor) -> bool:
 
 def linear_act(x: Tensor, layer: nn.Module, act: nn.Module) -> Tensor:
     """``act(layer(x))``, by oneDNN at once where this is a `Linear` and the exact GELU, and nobody watches between."""
-    if not _is_linear_gelu(layer, act) or not _is_plain(x, layer.weight) or kernel_is_faster() or not takes_onednn():
+    if not _is_linear_gelu(layer, act) or not _is_plain(x, layer.weight) or not takes_onednn():
         return act(layer(x))
     if _needs_grad(x, layer.weight, layer.bias) or not has_pointwise():
         return act(layer(x))
@@ -105,15 +105,21 @@ def runs_plainly() -> bool:
 
 def computes_plainly() -> bool:
     """Whether numbers are computed here and now, by PyTorch itself; asked outside of compilers."""
-    return (
-        runs_plainly()
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None  # no vmap
-    )
+    return runs_plainly() and is_untransformed()
+
+
+def is_untransformed() -> bool:
+    """Whether no transform of torch.func is under way, nor forward-mode derivatives; compilers may ask too."""
+    return forward_ad._current_level < 0 and _has_no_level()
+
+
+@torch.compiler.assume_constant_result  # compilers ask while they trace, within the transform
+def _has_no_level() -> bool:
+    return torch._C._functorch.maybe_current_level() is None
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a layer in float32 on a CPU, computed here and now."""
+    """Whether this is a layer in float32 on a CPU, computed here and now or compiled for it."""
     return (
         (torch.compiler.is_compiling() or runs_plainly())
         and x.device.type == weight.device.type == "cpu"
@@ -175,7 +181,7 @@ def kernel_is_faster() -> bool:
     In compiled models too, but not in exported ones, which other programs run.
     """
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting() and _kernel_serves()
+        return not torch.compiler.is_exporting() and _kernel_serves() and is_untransformed()
     return _kernel_serves() and computes_plainly()
 
 

@@ -54,7 +54,7 @@ def check_compiled(family, backend: str, padded: bool, **tolerances) -> None:
 @every_family
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiles_in_one_graph_with_gradients(family, padded):
-    check_compiled(family, "aot_eager", padded, atol=5e-5, rtol=1e-5)
+    check_compiled(family, "aot_eager", padded, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import linear as kernel
 from kernels.linear import operators as compiled
+from kernels.window_attention import cpu
 from models import build_model, experts
 from models import linear as module
 from models.experts import Experts
 from models.layers import Linear, Mlp
 from models.recomputation import RecomputingMlp
-from models.swin_transformer import SwinTransformer
+from models.swin_transformer import SwinTransformer, WindowAttention
 
 SOURCE = ROOT / "kernels" / "linear"
 TOLERANCE = 1e-5  # of a tensor's norm
@@ -273,6 +274,28 @@ def test_compiled_layers_are_the_same(operators, bias, recomputing):
             torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), expected)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_compiled_transforms_are_the_same(operators, transform):
+    """Operators of ours have no rules for them; as an opaque call, one would have the tangent 0."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer, x = nn.Sequential(Linear(16, 24), Mlp(24, 40)), torch.randn(2, 30, 16)
+    run = {
+        "grad": lambda y: torch.func.grad(lambda z: layer(z).square().sum())(y),
+        "jvp": lambda y: torch.func.jvp(layer, (y,), (x,))[1],
+        "vmap": lambda y: torch.func.vmap(layer)(y[None])[0],
+    }[transform]
+    torch.testing.assert_close(torch.compile(run, backend="eager")(x), run(x))
+
+
+def test_a_compiled_tangent_of_attention_is_an_error_of_pytorchs_not_zero(request, monkeypatch):
+    extensions.load(request, ROOT / "kernels" / "window_attention")
+    monkeypatch.setattr(cpu, "PROBLEM", "")
+    layer, x = WindowAttention(16, 4, 2), torch.randn(1, 8, 8, 16)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.compile(lambda y: torch.func.jvp(layer, (y,), (x,))[1], backend="eager")(x)
 
 
 @pytest.mark.parametrize("bias", [True, False])
