@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no accelerator"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Compiled code, its count against PyTorch's limit, and what would not compile belong to one test alone."""
+    yield
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
+
+
 def golden(name: str) -> dict:
     """Numbers of the official code; tests/golden/README.md says how they were made."""
     return json.loads((GOLDEN / f"{name}.json").read_text())

@@ -29,7 +29,6 @@ def compiled(backend="eager"):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
 

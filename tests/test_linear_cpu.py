@@ -280,7 +280,6 @@ def test_compiled_layers_are_the_same(operators, bias, recomputing):
 def test_compiled_transforms_are_the_same(operators, transform):
     """Operators of ours have no rules for them; as an opaque call, one would have the tangent 0."""
     torch.manual_seed(0)
-    torch.compiler.reset()
     layer, x = nn.Sequential(Linear(16, 24), Mlp(24, 40)), torch.randn(2, 30, 16)
     run = {
         "grad": lambda y: torch.func.grad(lambda z: layer(z).square().sum())(y),
