@@ -20,6 +20,9 @@ def compile_in_place(
 ) -> str:
     """Have ``model`` compiled when it is first called, and say how. Wrap it in DDP afterwards.
 
+    On a CPU weights that are not trained are frozen: what depends on them alone is computed once, and products get them
+    in the order in which they read them. Later changes of them are not seen.
+
     Args:
         mode, backend: of ``torch.compile``.
 
@@ -38,7 +41,15 @@ def compile_in_place(
         return f"torch.compile: {backend}, {mode}, block by block: FSDP2 gathers their weights between them"
     model.compile(**settings)
     without = mode in CUDA_GRAPHS and (device.type != "cuda" or backend != "inductor")
-    return f"torch.compile: {backend}, {mode}{', without CUDA graphs, which need CUDA' if without else ''}"
+    how = f"torch.compile: {backend}, {mode}{', without CUDA graphs, which need CUDA' if without else ''}"
+    freezes = device.type == "cpu" and backend == "inductor" and not training
+    freeze_weights(freezes)
+    return f"{how}, weights frozen" if freezes else how
+
+
+def freeze_weights(freezes: bool) -> None:
+    """Whether inductor takes weights for constants in what is first called without gradients from now on."""
+    torch._inductor.config.freezing = freezes  # as an option of one model it has no effect: Dynamo looks here
 
 
 def _compile_blocks(model: nn.Module, **settings: str | None) -> None:

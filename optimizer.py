@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 KIND_KEYS = {"momentum", "nesterov", "betas", "bias_correction"}
 # What a saved state must not decide: how the optimizer computes on the device that it runs on now.
 IMPLEMENTATION_KEYS = ("fused", "foreach", "capturable", "differentiable", "maximize")
-FUSED_DEVICES = ("cuda", "xpu", "mps")
+FUSED_DEVICES = ("cuda", "xpu", "mps", "cpu")  # one pass over a parameter and its moments, not eight
 
 
 def _sgd(groups: list[dict], lr: float, weight_decay: float, settings: Any, device: torch.device) -> Optimizer:

@@ -40,6 +40,7 @@ from benchmarks.machine import (  # noqa: E402
 from benchmarks.peers import MODELS, Builder, Model, candidates, versions  # noqa: E402
 from benchmarks.report import plot, table  # noqa: E402
 from benchmarks.timing import measure, ratios_to_best  # noqa: E402
+from compilation import freeze_weights  # noqa: E402
 from models import memory, trial  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,8 +62,8 @@ def prepare(build: Builder, images: torch.Tensor, args: argparse.Namespace) -> C
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if args.train else None
     called = model
     if args.compile:
-        freezes = not args.train and images.device.type == "cpu"
-        called = torch.compile(model, options={"freezing": True} if freezes else None)
+        freeze_weights(not args.train and images.device.type == "cpu")
+        called = torch.compile(model)
     run = training_step(called, images, autocast, optimizer) if args.train else inference(called, images, autocast)
 
     def own() -> int:

@@ -149,6 +149,26 @@ def test_throughput_is_of_the_compiled_model(tmp_path):
     assert "torch.compile: eager, max-autotune, without CUDA graphs, which need CUDA" in log_of(session)
 
 
+class Scaled(nn.Linear):
+    """A layer whose bias is computed from its weight."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.weight.square().sum(1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_are_frozen_where_none_will_change(training):
+    cpu, x = torch.device("cpu"), torch.randn(5, 4)
+    model = Scaled(4, 3)
+    how = compilation.compile_in_place(model, cpu, "max-autotune-no-cudagraphs", training=training)
+    assert ("weights frozen" in how) != training
+    with torch.no_grad():
+        expected = model.forward(x)
+        torch.testing.assert_close(model(x), expected)
+        model.weight.zero_()
+        assert bool(model(x).any()) != training  # the old bias
+
+
 def test_the_flag_sets_the_key():
     parser = launch.build_parser("")
     for flags, mode in (([], ""), (["--compile"], "default"), (["--compile", "max-autotune"], "max-autotune")):
