@@ -59,7 +59,7 @@ def prepare(build: Builder, images: torch.Tensor, args: argparse.Namespace) -> C
     model = build().to(images.device).train(args.train)
     dtype = DTYPES[args.dtype]
     autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if args.train else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if args.train else None
     called = model
     if args.compile:
         freeze_weights(not args.train and images.device.type == "cpu")

@@ -10,6 +10,7 @@ import torch
 from conftest import EMPTY_CONFIG, ROOT, SMALL, fill, golden_images, make_config
 from test_sizes import FAMILIES, every_family, small
 
+from compilation import compile_in_place
 from models import blocks, build_model
 from tools import export_onnx
 
@@ -60,6 +61,18 @@ def test_compiles_in_one_graph_with_gradients(family, padded):
 @every_family
 def test_inductor_gives_the_same_results_and_gradients(family):
     check_compiled(family, "inductor", padded=False, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@every_family
+def test_frozen_models_give_the_same_results(family):
+    model = of_family(family)
+    assert "frozen" in compile_in_place(model, IMAGES.device, "default")
+    for no_gradients in (torch.no_grad, torch.inference_mode):
+        with no_gradients():
+            expected = tensors(model.forward(IMAGES))
+            for got, wanted in zip(tensors(model(IMAGES)), expected, strict=True):
+                torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 def check_batches(call, model, images) -> None:

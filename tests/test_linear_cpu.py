@@ -11,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_window_attention import check_same, logits_and_gradients
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from compilation import compile_in_place
 from kernels import linear as kernel
 from kernels.linear import operators as compiled
 from kernels.window_attention import cpu
@@ -252,7 +254,6 @@ def test_others_compute_what_the_kernels_do_not(calls):
 @pytest.mark.parametrize("bias", [True, False])
 def test_compiled_layers_are_the_same(operators, bias, recomputing):
     torch.manual_seed(0)
-    torch.compiler.reset()
     mlp = Mlp(24, 40, 10, mlp_fc2_bias=bias)
     mlp.__class__ = RecomputingMlp if recomputing else Mlp
     layer, x = nn.Sequential(Linear(16, 24, bias=bias), mlp), torch.randn(2, 30, 16, requires_grad=True)
@@ -273,7 +274,35 @@ def test_compiled_layers_are_the_same(operators, bias, recomputing):
         for a, b in zip(ours, torch.autograd.grad(layer(data).sin().sum(), wanted), strict=True):
             torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), expected)
+        assert torch.equal(fast(x), layer(x))
+
+
+def test_packed_weights_give_the_same_bits(operators):
+    torch.manual_seed(0)
+    for count in lanes(operators):
+        for M, C, H, N in ((7, 5, 9, 3), (1, 1, 1, 1), (33, 17, 32, 65)):
+            x, w1, b1, w2, b2 = (torch.randn(shape) for shape in ((M, C), (H, C), (H,), (N, H), (N,)))
+            packed1, packed2 = (operators.pack(weight, count) for weight in (w1, w2))
+            for bias in (b1, None):
+                expected = operators.forward(x, w1, bias, count)
+                assert torch.equal(operators.forward_packed(x, packed1, bias, H, count), expected)
+            expected, _ = operators.mlp(x, [M], w1[None], b1[None], w2[None], b2[None], True, False, count)
+            assert torch.equal(operators.mlp_packed(x, packed1, b1, packed2, b2, H, N, count), expected)
+
+
+def test_frozen_weights_are_packed_once(operators):
+    """By inductor, which computes what depends on them alone."""
+    layer, x = nn.Sequential(Linear(16, 24), Mlp(24, 40)), torch.randn(60, 16)
+    compile_in_place(layer, x.device, "default")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.forward(x))
+        for weight in layer.parameters():
+            weight.zero_()
+        assert layer(x).any()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            layer(x)
+    names = {event.key for event in recorded.key_averages()}
+    assert {"swin_linear::forward_packed", "swin_linear::mlp_packed"} <= names and "swin_linear::pack" not in names
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
@@ -309,6 +338,11 @@ def test_opcheck(operators, bias):
     x, weight, w2 = (part.detach() for part in (x, weight, w2))
     hidden, grad = torch.randn(6, 5), torch.randn(6, 3)
     torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None, False))
+    torch.library.opcheck(compiled.pack_weight, (weight,))
+    packed1, packed2 = compiled.pack_weight(weight), compiled.pack_weight(w2)
+    b1, b2 = (part if part is None else part.detach() for part in (b1, b2))
+    torch.library.opcheck(compiled.linear_packed, (x, packed1, b1, 5))
+    torch.library.opcheck(compiled.mlp_packed, (x, packed1, b1, packed2, b2, 5, 3))
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(compiled.linear_backward, (hidden, x, weight, *needs))
         torch.library.opcheck(compiled.mlp_backward, (grad, x, hidden, weight, w2, *needs))
@@ -430,6 +464,12 @@ def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
         operators.forward(x, torch.zeros(2, 5), None)
     with pytest.raises(RuntimeError, match=r"weight must not be empty"):
         operators.forward(torch.zeros(3, 0), torch.zeros(2, 0), None)
+    with pytest.raises(RuntimeError, match=r"weight must not be empty"):
+        operators.pack(torch.zeros(2, 0))
+    with pytest.raises(RuntimeError, match=r"packed weight must be contiguous float32 on the CPU, \(32, 4\)"):
+        operators.forward_packed(x, weight, None, 2)
+    with pytest.raises(RuntimeError, match=r"packed w2 must be contiguous float32 on the CPU, \(32, 33\)"):
+        operators.mlp_packed(x, torch.zeros(64, 4), None, torch.zeros(33, 32), None, 33, 2)
     with pytest.raises(RuntimeError, match=r"grad must be contiguous float32 on the CPU, \(3, 2\)"):
         operators.backward(torch.zeros(3, 3), x, weight, True, True)
     with pytest.raises(RuntimeError, match=r"h must be contiguous float32 on the CPU, \(3, 6\)"):

@@ -25,7 +25,7 @@ except (ImportError, OSError) as err:  # OSError: a library that this PyTorch ca
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of float32 on a CPU: (..., C), (N, C) and (N,) to (..., N)."""
     if torch.compiler.is_compiling():
-        return operators.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return _compiled_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     rows, weight = _rows(x), weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     if _has_gradient(rows, weight, bias):
@@ -43,8 +43,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None)
         w2: (N, H).
     """
     if torch.compiler.is_compiling():
-        y, _ = operators.mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, torch.is_grad_enabled())
-        return y.view(*x.shape[:-1], w2.shape[0])
+        return _compiled_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2).view(*x.shape[:-1], w2.shape[0])
     rows = _rows(x)
     weights = (part if part is None else part.unsqueeze(0) for part in (w1, b1, w2, b2))
     return _mlps(rows, [len(rows)], *weights, across=True).view(*x.shape[:-1], len(w2))
@@ -60,6 +59,19 @@ def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Ten
         w2: (E, H, N), with biases (E, N).
     """
     return _mlps(_rows(x), counts, w1, b1, w2, b2, across=False)
+
+
+def _compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return operators.linear(rows, weight, bias)
+    return operators.linear_packed(rows, operators.pack_weight(weight), bias, weight.shape[0])
+
+
+def _compiled_mlp(rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():
+        return operators.mlp(rows, w1, b1, w2, b2, True)[0]
+    packed1, packed2 = operators.pack_weight(w1), operators.pack_weight(w2)
+    return operators.mlp_packed(rows, packed1, b1, packed2, b2, w1.shape[0], w2.shape[0])
 
 
 def _mlps(

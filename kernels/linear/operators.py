@@ -1,7 +1,8 @@
 """Linear layers and MLPs as operators for compilers: `swin::linear`, `swin::mlp` and their backward passes.
 
 They are the extension's, with shapes and gradients that compilers know. Elsewhere the functions of the package call the
-extension, with less to do for each call.
+extension, with less to do for each call. Without gradients they are two operators: weights are packed, which is done
+once where they are frozen, and multiplied.
 """
 
 from typing import Any
@@ -35,6 +36,39 @@ def _(grad, x, weight, needs_x, needs_weight):
     N, C = weight.shape
     rows = N if needs_weight else 0
     return x.new_empty(x.shape[0] if needs_x else 0, C), x.new_empty(rows, C), x.new_empty(rows)
+
+
+@torch.library.custom_op("swin::pack_weight", mutates_args=())
+def pack_weight(weight: Tensor) -> Tensor:
+    """(N, C) in the order in which this processor's kernels read it, with zeros up to a multiple of 32 rows."""
+    return torch.ops.swin_linear.pack(weight.contiguous())
+
+
+@pack_weight.register_fake
+def _(weight):
+    return weight.new_empty((weight.shape[0] + 31) // 32 * 32, weight.shape[1])
+
+
+@torch.library.custom_op("swin::linear_packed", mutates_args=())
+def linear_packed(x: Tensor, packed: Tensor, bias: Tensor | None, N: int) -> Tensor:
+    """`linear` of a packed weight of N rows."""
+    return torch.ops.swin_linear.forward_packed(x.contiguous(), packed, bias, N)
+
+
+@linear_packed.register_fake
+def _(x, packed, bias, N):
+    return x.new_empty(x.shape[0], N)
+
+
+@torch.library.custom_op("swin::mlp_packed", mutates_args=())
+def mlp_packed(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, H: int, N: int) -> Tensor:
+    """`mlp` of packed weights of H and N rows."""
+    return torch.ops.swin_linear.mlp_packed(x.contiguous(), w1, b1, w2, b2, H, N)
+
+
+@mlp_packed.register_fake
+def _(x, w1, b1, w2, b2, H, N):
+    return x.new_empty(x.shape[0], N)
 
 
 def _save_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -88,12 +88,15 @@ const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
   return numbers(packed);
 }
 
+void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
+  const int64_t M = a.size(0);
+  const Product work{numbers(a), packed, bias, numbers_of(c), M, c.size(1), a.size(1), blocks_of(M, 1)};
+  hand_out(code.product, work, work.blocks);
+}
+
 void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
   Tensor packed = empty(a, {packed_size(b.rows, b.columns, code)});
-  const float* panels = pack(b, packed, code);
-  const int64_t M = a.size(0);
-  const Product work{numbers(a), panels, bias, numbers_of(c), M, c.size(1), a.size(1), blocks_of(M, 1)};
-  hand_out(code.product, work, work.blocks);
+  multiply(a, pack(b, packed, code), bias, c, code);
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
@@ -104,6 +107,30 @@ Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, i
   const float* start = numbers_of_bias(bias, "bias", {weight.size(0)});
   Tensor y = empty(x, {x.size(0), weight.size(0)});
   multiply(x, Matrix{numbers(weight), weight.size(0), weight.size(1), true}, start, y, code);
+  return y;
+}
+
+constexpr int64_t kPadding = 32;  // a multiple of all panels: packed weights have one size for all instruction sets
+
+Numbers packed_sizes(int64_t N, int64_t K) { return {divide(N, kPadding) * kPadding, K}; }
+
+Tensor pack_weight(const Tensor& weight, int64_t lanes) {
+  check(weight, "weight", {-1, -1});
+  require(weight.size(0) > 0 && weight.size(1) > 0, "weight must not be empty");
+  const Code& code = choose(lanes);
+  const int64_t N = weight.size(0), K = weight.size(1);
+  Tensor packed = empty(weight, packed_sizes(N, K));
+  pack(Matrix{numbers(weight), N, K, true}, packed, code);
+  std::fill(numbers_of(packed) + divide(N, code.panel) * code.panel * K, numbers_of(packed) + packed.numel(), 0.0f);
+  return packed;
+}
+
+Tensor forward_packed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t N, int64_t lanes) {
+  check(x, "x", {-1, -1});
+  require(N > 0 && x.size(1) > 0, "weight must not be empty");
+  check(weight, "packed weight", packed_sizes(N, x.size(1)));
+  Tensor y = empty(x, {x.size(0), N});
+  multiply(x, numbers(weight), numbers_of_bias(bias, "bias", {N}), y, choose(lanes));
   return y;
 }
 
@@ -210,6 +237,21 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
   return {y, h};
 }
 
+Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2,
+                  int64_t H, int64_t C_out, int64_t lanes) {
+  check(x, "x", {-1, -1});
+  const int64_t M = x.size(0), C = x.size(1);
+  require(C > 0 && H > 0 && C_out > 0, "w1 and w2 must not be empty");
+  check(w1, "packed w1", packed_sizes(H, C));
+  check(w2, "packed w2", packed_sizes(C_out, H));
+  const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C_out});
+  Tensor y = empty(x, {M, C_out});
+  const Mlp work{numbers(x), numbers(w1), numbers(w2), first_bias, second_bias, nullptr,
+                 numbers_of(y), M, C, H, C_out, blocks_of(M, H)};
+  hand_out(choose(lanes).mlp, work, work.blocks);
+  return y;
+}
+
 // Sums of columns, of parts of the rows at first, which loses less to rounding.
 void add_rows(const float* rows, int64_t count, int64_t columns, float* sums) {
   constexpr int64_t kTogether = 256;
@@ -274,6 +316,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
 STABLE_TORCH_LIBRARY(swin_linear, m) {
   m.def("lanes(Tensor like) -> int");
   m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
+  m.def("pack(Tensor weight, int lanes=0) -> Tensor");
+  m.def("forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0) -> Tensor");
+  m.def("mlp_packed(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int H, int N, int lanes=0) -> Tensor");
   m.def(
       "backward(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight, int lanes=0) -> "
       "(Tensor, Tensor, Tensor)");
@@ -288,6 +333,9 @@ STABLE_TORCH_LIBRARY(swin_linear, m) {
 STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
   m.impl("lanes", TORCH_BOX(&swin::lanes_of));
   m.impl("forward", TORCH_BOX(&swin::forward));
+  m.impl("pack", TORCH_BOX(&swin::pack_weight));
+  m.impl("forward_packed", TORCH_BOX(&swin::forward_packed));
+  m.impl("mlp_packed", TORCH_BOX(&swin::mlp_packed));
   m.impl("backward", TORCH_BOX(&swin::backward));
   m.impl("mlp", TORCH_BOX(&swin::mlp));
   m.impl("mlp_backward", TORCH_BOX(&swin::mlp_backward));
