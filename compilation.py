@@ -4,6 +4,7 @@ A compiled forward is made for one batch size. Batches of others, such as the la
 would without it: compiling anew takes longer than they do.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -42,14 +43,21 @@ def compile_in_place(
     model.compile(**settings)
     without = mode in CUDA_GRAPHS and (device.type != "cuda" or backend != "inductor")
     how = f"torch.compile: {backend}, {mode}{', without CUDA graphs, which need CUDA' if without else ''}"
-    freezes = device.type == "cpu" and backend == "inductor" and not training
-    freeze_weights(freezes)
-    return f"{how}, weights frozen" if freezes else how
+    if device.type != "cpu" or backend != "inductor" or training:
+        return how
+    model._compiled_call_impl = frozen(model._compiled_call_impl)
+    return f"{how}, weights frozen"
 
 
-def freeze_weights(freezes: bool) -> None:
-    """Whether inductor takes weights for constants in what is first called without gradients from now on."""
-    torch._inductor.config.freezing = freezes  # as an option of one model it has no effect: Dynamo looks here
+def frozen(compiled: Callable) -> Callable:
+    """A compiled model for which inductor takes weights for constants where it is called without gradients."""
+
+    def call(*args, **kwargs):
+        # As an option of torch.compile it has no effect: Dynamo looks at the global setting.
+        with torch._inductor.config.patch(freezing=True):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _compile_blocks(model: nn.Module, **settings: str | None) -> None:

@@ -15,35 +15,46 @@ IMPLEMENTATION_KEYS = ("fused", "foreach", "capturable", "differentiable", "maxi
 FUSED_DEVICES = ("cuda", "xpu", "mps", "cpu")  # one pass over a parameter and its moments, not eight
 
 
-def _sgd(groups: list[dict], lr: float, weight_decay: float, settings: Any, device: torch.device) -> Optimizer:
-    fused = device.type in FUSED_DEVICES
-    optimizer = SGD(
-        groups, lr=lr, momentum=settings.MOMENTUM, nesterov=True, weight_decay=weight_decay, fused=fused or None
-    )
-    if fused:  # a first step that is skipped on the device would leave these buffers uninitialised
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+def _sgd(groups: list[dict], lr: float, weight_decay: float, settings: Any, fused: bool | None) -> Optimizer:
+    optimizer = SGD(groups, lr=lr, momentum=settings.MOMENTUM, nesterov=True, weight_decay=weight_decay, fused=fused)
+    _fill_buffers(optimizer)
     return optimizer
 
 
-def _adamw(groups: list[dict], lr: float, weight_decay: float, settings: Any, device: torch.device) -> Optimizer:
-    fused = device.type in FUSED_DEVICES or None
+def _adamw(groups: list[dict], lr: float, weight_decay: float, settings: Any, fused: bool | None) -> Optimizer:
     return AdamW(groups, lr=lr, betas=settings.BETAS, eps=settings.EPS, weight_decay=weight_decay, fused=fused)
 
 
-def _fused_adam(groups: list[dict], lr: float, weight_decay: float, settings: Any, device: torch.device) -> Optimizer:
-    return AdamW(groups, lr=lr, betas=settings.BETAS, eps=settings.EPS, weight_decay=weight_decay, fused=True)
-
-
-def _fused_lamb(groups: list[dict], lr: float, weight_decay: float, settings: Any, device: torch.device) -> Optimizer:
+def _fused_lamb(groups: list[dict], lr: float, weight_decay: float, settings: Any, fused: bool | None) -> Optimizer:
     return Lamb(groups, lr=lr, betas=settings.BETAS, eps=settings.EPS, weight_decay=weight_decay)
+
+
+def _fill_buffers(optimizer: Optimizer) -> None:
+    """Momentum's first values: a fused step that is skipped on the device would leave them uninitialised."""
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group.get("momentum")):
+            continue
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _fuses(parameter: nn.Parameter) -> bool | None:
+    """Whether a step is one kernel; None leaves it to PyTorch.
+
+    Not where FSDP2 keeps slices on the CPU of a model that runs elsewhere: whether all gradients are finite is known
+    there, and a CPU's kernel does not wait for it.
+    """
+    mesh = getattr(parameter, "device_mesh", None)
+    offloaded = mesh is not None and mesh.device_type != parameter.device.type
+    return True if parameter.device.type in FUSED_DEVICES and not offloaded else None
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": _sgd,
     "adamw": _adamw,
-    "fused_adam": _fused_adam,
+    "fused_adam": _adamw,  # apex's name
     "fused_lamb": _fused_lamb,
 }
 
@@ -64,8 +75,8 @@ def build_optimizer(config: Any, model: nn.Module, simmim: bool = False, is_pret
         groups = layer_groups(model, config.TRAIN.BASE_LR, config.TRAIN.WEIGHT_DECAY, depths, config.TRAIN.LAYER_DECAY)
     else:
         groups = decay_groups(model)
-    device = next(model.parameters()).device
-    return OPTIMIZERS[name](groups, config.TRAIN.BASE_LR, config.TRAIN.WEIGHT_DECAY, settings, device)
+    fused = _fuses(next(model.parameters()))
+    return OPTIMIZERS[name](groups, config.TRAIN.BASE_LR, config.TRAIN.WEIGHT_DECAY, settings, fused)
 
 
 def needs_no_decay(name: str, parameter: torch.Tensor, skip: Iterable[str], keywords: Iterable[str]) -> bool:
@@ -140,3 +151,4 @@ def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
         groups.append({**saved, **{key: own[key] for key in IMPLEMENTATION_KEYS if key in own}})
     groups += state["param_groups"][len(groups) :]  # a wrong number of groups is PyTorch's error to raise
     optimizer.load_state_dict({**state, "param_groups": groups})
+    _fill_buffers(optimizer)

@@ -25,9 +25,10 @@ def table(result: dict) -> str:
     ]
     for row in result["rows"]:
         low, high = row["ratio_quartiles"]
+        peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         lines.append(
             f"| {row['candidate']} | {row['images_per_second']:.1f} | {row['ratio_to_best_peer']:.3f} "
-            f"| {low:.3f} to {high:.3f} | {row['peak_bytes'] / 2**20:.0f} | {row['share_of_products']:.0%} "
+            f"| {low:.3f} to {high:.3f} | {peak} | {row['share_of_products']:.0%} "
             f"| {row['share_of_copies']:.0%} |"
         )
     lines += [f"\nLeft out: {name}: {reason}" for name, reason in result["left_out"].items()]

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from compilation import freeze_weights
 from config import get_config
 from kernels import window_process
 from models import build_model
@@ -37,11 +36,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """Compiled code, PyTorch's limits of it, what would not compile and frozen weights belong to one test alone."""
+    """Compiled code, its count against PyTorch's limit, and what would not compile belong to one test alone."""
     yield
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
-        freeze_weights(False)
 
 
 def golden(name: str) -> dict:

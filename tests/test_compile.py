@@ -156,17 +156,21 @@ class Scaled(nn.Linear):
         return nn.functional.linear(x, self.weight, self.weight.square().sum(1))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_weights_are_frozen_where_none_will_change(training):
+def test_weights_are_frozen_where_none_will_change():
+    """Of the one model, and not those of others that are compiled before, after and in the meantime."""
     cpu, x = torch.device("cpu"), torch.randn(5, 4)
-    model = Scaled(4, 3)
-    how = compilation.compile_in_place(model, cpu, "max-autotune-no-cudagraphs", training=training)
-    assert ("weights frozen" in how) != training
+    models = [Scaled(4, width) for width in (3, 4, 5, 6)]  # models of one shape share what is compiled
+    for model, training in zip(models, (True, False, True), strict=False):
+        how = compilation.compile_in_place(model, cpu, "max-autotune-no-cudagraphs", training=training)
+        assert ("weights frozen" in how) != training
     with torch.no_grad():
-        expected = model.forward(x)
-        torch.testing.assert_close(model(x), expected)
-        model.weight.zero_()
-        assert bool(model(x).any()) != training  # the old bias
+        for model, call in zip(models, [*models[:3], torch.compile(models[3])], strict=True):
+            torch.testing.assert_close(call(x), model.forward(x))
+            model.weight.zero_()
+            assert bool(call(x).any()) == (model is models[1])  # the old bias
+        alike = Scaled(4, 4)
+        alike.compile()
+        torch.testing.assert_close(alike(x), alike.forward(x))
 
 
 def test_the_flag_sets_the_key():

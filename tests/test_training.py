@@ -2,11 +2,13 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import fill, golden, golden_images, make_config
+from test_sizes import every_family, small
 from torch import nn
 
 import engine
@@ -14,7 +16,7 @@ import launch
 from config import to_dict
 from lr_scheduler import build_scheduler
 from models import build_model
-from optimizer import OPTIMIZERS, build_optimizer, load_optimizer_state
+from optimizer import OPTIMIZERS, _fuses, build_optimizer, load_optimizer_state
 from supervised import SupervisedLoss
 
 LR = golden("lr")["lr"]
@@ -143,6 +145,33 @@ def test_every_optimizer_lowers_the_loss_and_resumes(name):
     load_optimizer_state(other, copy.deepcopy(optimizer.state_dict()))
     for a, b in zip(take_steps(model, optimizer), take_steps(twin, other), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_loaded_state_without_momentum_is_filled():
+    """One that was saved before any step, or where a parameter had no gradient; the next step may be skipped."""
+    model, optimizer = quadratic("sgd")
+    saved = optimizer.state_dict()
+    for state in ({}, {0: {"momentum_buffer": None}}):
+        load_optimizer_state(optimizer, {**saved, "state": state})
+        assert not any(optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())
+
+
+def test_slices_on_the_cpu_of_a_gpu_s_model_have_no_fused_step():
+    """They would not wait for the GPU to say whether all gradients are finite."""
+    parameter = nn.Parameter(torch.zeros(2))
+    assert _fuses(parameter)
+    for kind in ("cpu", "cuda"):
+        parameter.device_mesh = SimpleNamespace(device_type=kind)
+        assert bool(_fuses(parameter)) == (kind == "cpu")
+
+
+@every_family
+def test_gradients_lie_as_their_parameters_do(family):
+    """Fused steps on CPUs take that for granted."""
+    model = small(family)
+    out = model(golden_images(0, 2, 32))
+    sum(part.sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
 
 
 def test_loaded_state_does_not_choose_the_implementation():

@@ -16,8 +16,11 @@ INSTALL = "pip install ./kernels/linear --no-build-isolation"
 try:
     import swin_linear  # noqa: F401 - loads the operators
 
-    plain = torch.ops.swin_linear.lanes(torch.empty(0, device="cpu")) < 8
-    PROBLEM = "for this processor and compiler it has plain code alone, slower than PyTorch's" if plain else ""
+    PROBLEM = ""
+    if torch.ops.swin_linear.lanes(torch.empty(0, device="cpu")) < 8:
+        PROBLEM = "for this processor and compiler it has plain code alone, slower than PyTorch's"
+    elif not hasattr(torch.ops.swin_linear, "mlp_packed"):
+        PROBLEM = f"the extension for linear layers is of an older version of this code; {INSTALL}"
 except (ImportError, OSError) as err:  # OSError: a library that this PyTorch cannot load
     PROBLEM = f"the extension for linear layers is not built: {' '.join(str(err).split())}; {INSTALL}"
 
