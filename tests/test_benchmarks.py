@@ -105,11 +105,12 @@ def test_a_result_is_a_table_and_a_plot():
     result = {
         **{"model": "Swin-T", "mode": "inference", "dtype": "bf16", "compiled": True, "batch": 8, "machine": "M"},
         **{"versions": "V", "date": "D", "rounds": 3, "peers": ["timm"], "left_out": {"torchvision": "no"}},
-        **{"flops": 1e12, "bytes_per_second": 1e10, "rows": [row, {**row, "candidate": "timm"}]},
+        **{"flops": 1e12, "bytes_per_second": 1e10, "rows": [row, {**row, "candidate": "timm", "peak_bytes": None}]},
     }
     text = table(result)
     assert text.startswith("# Swin-T, inference, compiled, bf16, batch 8\n")
     assert "| ours, auto | 30.0 | 2.000 | 1.500 to 2.500 | 1024 | 50% | 25% |" in text
+    assert "| timm | 30.0 | 2.000 | 1.500 to 2.500 | – | 50% | 25% |" in text  # not counted
     assert "products of 1.00 TFLOP/s, copies of 10 GB/s" in text and "Left out: torchvision: no" in text
     assert "auto" not in text.splitlines()[2]
     took = table({**result, "auto_took": {"fused": 5, "sdpa": 2}}).splitlines()[2]
