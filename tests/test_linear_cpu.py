@@ -334,10 +334,10 @@ def test_opcheck(operators, bias):
     (grad,) = torch.autograd.grad(compiled.linear(x, weight, b1).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"^compiled linear layers have no second derivatives; leave out"):
         grad.sum().backward()
-    torch.library.opcheck(compiled.mlp, (x, weight, b1, w2, b2, True))
+    torch.library.opcheck(compiled.mlp, (x, weight, b1, w2, b2))
     x, weight, w2 = (part.detach() for part in (x, weight, w2))
     hidden, grad = torch.randn(6, 5), torch.randn(6, 3)
-    torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None, False))
+    torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None))
     torch.library.opcheck(compiled.pack_weight, (weight,))
     packed1, packed2 = compiled.pack_weight(weight), compiled.pack_weight(w2)
     b1, b2 = (part if part is None else part.detach() for part in (b1, b2))

@@ -72,7 +72,7 @@ def _compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def _compiled_mlp(rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
-        return operators.mlp(rows, w1, b1, w2, b2, True)[0]
+        return operators.mlp(rows, w1, b1, w2, b2)[0]
     packed1, packed2 = operators.pack_weight(w1), operators.pack_weight(w2)
     return operators.mlp_packed(rows, packed1, b1, packed2, b2, w1.shape[0], w2.shape[0])
 

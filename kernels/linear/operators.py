@@ -82,15 +82,15 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @torch.library.custom_op("swin::mlp", mutates_args=())
-def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """(M, C), (H, C), (H,), (N, H) and (N,) to (M, N), and what GELU is of, (M, H), or with ``keep`` False (0, H)."""
+def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(M, C), (H, C), (H,), (N, H) and (N,) to (M, N), and what GELU is of, (M, H)."""
     w1, b1, w2, b2 = (part if part is None else part.contiguous().unsqueeze(0) for part in (w1, b1, w2, b2))
-    return torch.ops.swin_linear.mlp(x.contiguous(), [len(x)], w1, b1, w2, b2, True, keep)
+    return torch.ops.swin_linear.mlp(x.contiguous(), [len(x)], w1, b1, w2, b2, True, True)
 
 
 @mlp.register_fake
-def _(x, w1, b1, w2, b2, keep):
-    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0] if keep else 0, w1.shape[0])
+def _(x, w1, b1, w2, b2):
+    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], w1.shape[0])
 
 
 @torch.library.custom_op("swin::mlp_backward", mutates_args=())
@@ -113,7 +113,7 @@ def _(grad, x, hidden, w1, w2, needs_x, needs_weights):
 
 
 def _save_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, w1, _, w2, *_ = inputs
+    x, w1, _, w2, _ = inputs
     ctx.save_for_backward(x, output[1], w1, w2)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -121,10 +121,9 @@ def _save_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate_mlp(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 5
     needs = ctx.needs_input_grad
-    grads = mlp_backward(grad, *ctx.saved_tensors, needs[0], any(needs[1:5]))
-    return *_needed(grads, needs[:5]), None
+    return _needed(mlp_backward(grad, *ctx.saved_tensors, needs[0], any(needs[1:])), needs)
 
 
 def _needed(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
