@@ -1,15 +1,18 @@
 """What tests share: golden numbers and the rule that fills weights, small data, the scripts run as users run them."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +22,7 @@ from kernels import window_process
 from models import build_model
 from models.attention import ATTEND
 
+multiprocessing.set_forkserver_preload(list(preloaded.LIBRARIES))  # for whom "forkserver" starts
 torch.set_num_threads(1)  # most models here are so small that threads only wait for each other
 
 ROOT = Path(__file__).parent.parent
@@ -116,9 +120,30 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def preloaded_python() -> Iterator[dict[str, str]]:
+    """Variables of `preloaded`'s Python: where it listens, and the command to call it by, as torchrun knows it."""
+    with tempfile.TemporaryDirectory() as folder:  # a socket's address is short
+        address, command = os.path.join(folder, "socket"), Path(folder, "python")
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{preloaded.__file__}" "$@"\n')
+        command.chmod(0o755)
+        server = subprocess.Popen(
+            [sys.executable, preloaded.__file__, "--serve", address],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        with server:  # it ends as its input does
+            assert server.stdout.readline() == b"ready\n"
+            yield {preloaded.ADDRESS: address, "PYTHON_EXEC": str(command)}
+
+
 @pytest.fixture
-def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script of the project, as ``python`` or with ``torchrun=N``; output goes to ``tmp_path/output``."""
+def run_script(tmp_path: Path, preloaded_python: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a script of the project, as ``python`` or with ``torchrun=N``; output goes to ``tmp_path/output``.
+
+    ``fresh`` processes import everything themselves, for seconds; the others begin with the libraries.
+    """
 
     def call(
         script: str | Path,
@@ -127,9 +152,12 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         launcher: str = "torch.distributed.run",
         check: bool = True,
         env: dict | None = None,
+        fresh: bool = False,
     ):
         launch = ["-m", launcher, "--standalone", "--nproc_per_node", str(torchrun)]
-        command = [sys.executable, *(launch if torchrun else []), ROOT / script, *arguments]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **({} if fresh else preloaded_python), **(env or {})}
+        python = sys.executable if fresh else preloaded_python["PYTHON_EXEC"]
+        command = [python, *(launch if torchrun else []), ROOT / script, *arguments]
         result = subprocess.run(
             [str(part) for part in command],
             capture_output=True,
@@ -137,7 +165,7 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
             cwd=tmp_path,
             timeout=300,
             start_new_session=True,  # so that tests may send signals to the whole group
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            env=variables,
         )
         if check:
             assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

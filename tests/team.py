@@ -15,10 +15,13 @@ SECONDS = 240  # a task that takes longer has gone wrong, even where many tests 
 
 
 class Team:
-    """``size`` processes in one group; `run` calls a function in all of them and gives their results by rank."""
+    """``size`` processes in one group; `run` calls a function in all of them and gives their results by rank.
+
+    They are forks of one that has imported `preloaded.LIBRARIES`.
+    """
 
     def __init__(self, size: int, folder: Path):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -619,7 +619,7 @@ def test_two_processes_read_and_write_every_form_and_fail_together(tmp_path):
     path = parts.save()
     path.rename(tmp_path / "one.pth")
     torch.save(parts.model.state_dict(), tmp_path / "whole.pth")
-    mp.spawn(in_each_process, (tmp_path,), nprocs=2)
+    mp.start_processes(in_each_process, (tmp_path,), nprocs=2, start_method="forkserver")
     content = utils_moe.read_process(tmp_path / "one.pth")
     weights = reshard_moe.digest(content["model"])
     for name, (*_, endings) in FORMS.items():

@@ -52,7 +52,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
 
 
 def test_train_evaluate_resume(image_folder, tmp_path, run_script):
-    run_script("main.py", *small_run(image_folder))
+    run_script("main.py", *small_run(image_folder), fresh=True)
     folder = tmp_path / SAVED
     assert json.loads((folder / "config.json").read_text())["MODEL"]["NUM_CLASSES"] == 3
     saved = torch.load(folder / "ckpt_epoch_1.pth", weights_only=True)
@@ -165,7 +165,7 @@ class Exploit:
 
 def test_an_error_on_one_rank_ends_all(image_folder, run_script):
     (image_folder / "train" / "bee" / "3.png").write_bytes(b"not an image")
-    result = run_script("main.py", *small_run(image_folder), torchrun=2, check=False)
+    result = run_script("main.py", *small_run(image_folder), torchrun=2, check=False, fresh=True)
     assert result.returncode != 0 and "cannot decode" in result.stderr
 
 
