@@ -17,7 +17,6 @@ from .expert_parallel import ExpertGroups, gather_shards
 from .linear import is_hooked, product, takes_kernel
 from .routers import draw
 
-FEWEST_ROWS = 16  # of an expert, on average, for which the kernels for CPUs are worth it
 GROUPED_DEVICES = ("cuda",)  # where a grouped product is quicker than a loop; on the CPU it is a loop itself
 
 
@@ -120,7 +119,7 @@ class Experts(nn.Module):
         if torch.compiler.is_compiling():
             return False
         drops = is_hooked(self.drop) or (self.drop.training and self.drop.p > 0)
-        return not drops and x.numel() >= FEWEST_ROWS * weight.shape[0] * self.dim and takes_kernel(x, weight)
+        return not drops and takes_kernel(x, weight)
 
     def loop(self, x: Tensor, weights: Sequence[Tensor], counts: list[int]) -> Tensor:
         """As `grouped`, expert by expert. Without gradients GELU is in place: to ask for memory costs time."""

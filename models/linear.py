@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kernels import linear as kernel
 
-FEWEST_ROWS = 48  # for which the kernels, which copy weights in their own order, are worth it
+FEWEST_ROWS = 2  # for which the kernels are worth it; of one row PyTorch reads a weight as it lies
+# Multiply-adds of a layer, and of an MLP's first, for which they are in training: its functions take longer to call.
+LEAST_WORK, LEAST_WORK_OF_MLP = 1 << 24, 1 << 22
 
 
 class Linear(nn.Linear):
@@ -34,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by the kernels or oneDNN where they are faster."""
     if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
-    if kernel_is_faster() and _has_rows(x):
+    if kernel_is_faster() and _is_enough(x, weight, LEAST_WORK, _needs_grad(x, weight, bias)):
         return kernel.linear(x, weight, bias)
     if not takes_onednn():
         return F.linear(x, weight, bias)
@@ -60,7 +62,7 @@ def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: 
         and not (is_hooked(fc2) or is_hooked(drop) or (drop.training and drop.p > 0))
         and _is_linear_gelu(fc1, act)
         and takes_kernel(x, fc1.weight, fc2.weight)
-        and _has_rows(x)
+        and _is_enough(x, fc1.weight, LEAST_WORK_OF_MLP, _needs_grad(x, *fc1.parameters(), *fc2.parameters()))
     )
 
 
@@ -133,8 +135,9 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _has_rows(x: Tensor) -> bool:
-    return x.numel() >= FEWEST_ROWS * x.shape[-1]
+def _is_enough(x: Tensor, weight: Tensor, least: int, trains: bool) -> bool:
+    rows_are_enough = x.numel() >= FEWEST_ROWS * x.shape[-1]
+    return rows_are_enough and (not trains or x.numel() * weight.shape[0] >= least)
 
 
 def _is_linear_gelu(layer: nn.Module, act: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from compilation import compile_in_place
 from kernels import linear as kernel
 from kernels.linear import operators as compiled
 from kernels.window_attention import cpu
-from models import build_model, experts
+from models import build_model
 from models import linear as module
 from models.experts import Experts
 from models.layers import Linear, Mlp
@@ -40,8 +40,8 @@ def operators(built, monkeypatch):
     monkeypatch.setattr(kernel, "PROBLEM", "")
     monkeypatch.setattr(module, "is_amd", lambda: True)
     monkeypatch.setattr(module, "has_avx512", lambda: False)
-    monkeypatch.setattr(module, "FEWEST_ROWS", 0)
-    monkeypatch.setattr(experts, "FEWEST_ROWS", 0)
+    for name in ("FEWEST_ROWS", "LEAST_WORK", "LEAST_WORK_OF_MLP"):
+        monkeypatch.setattr(module, name, 0)
     return torch.ops.swin_linear
 
 
@@ -168,9 +168,12 @@ def test_what_is_not_finite_shows_where_it_does_in_pytorch(operators, bad):
             assert torch.equal(ours.isfinite(), theirs.isfinite()), place
 
 
-def test_results_are_the_same_bits_for_any_number_of_threads(operators):
+@pytest.mark.parametrize("rows, channels", [(2000, 70), (300, 70), (300, 20)])
+def test_results_are_the_same_bits_for_any_number_of_threads(operators, rows, channels):
+    """Of 300 rows weights are packed on the way, unless there are more threads than panels: of 20 columns two."""
     torch.manual_seed(0)
-    layer, x, threads = nn.Sequential(Linear(33, 70), Mlp(70, 250)), torch.randn(2000, 33), torch.get_num_threads()
+    layer = nn.Sequential(Linear(33, channels), Mlp(channels, 250))
+    x, threads = torch.randn(rows, 33), torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 1):
@@ -525,12 +528,11 @@ def test_which_processors_take_them(calls, monkeypatch, amd, avx512, problem, ta
     assert bool(calls) == takes
 
 
-def test_few_rows_are_left_to_pytorch(calls, monkeypatch):
-    monkeypatch.setattr(module, "FEWEST_ROWS", 48)
-    monkeypatch.setattr(experts, "FEWEST_ROWS", 16)
-    layers, mixture = [Linear(8, 4), Mlp(8, 16)], Experts(8, 16, 3)
-    for rows, expected in ((47, []), (48, ["linear", "mlp", "experts"])):
-        for layer in layers:
-            layer(torch.randn(1, rows, 8))
-        mixture.grouped(torch.randn(rows, 8), torch.tensor([0, 40, rows - 40]))
-        assert calls == expected
+@pytest.mark.parametrize("rows, trains", [(1, False), (2, False), (9, True), (10, True)])
+@pytest.mark.parametrize("layer, name, limit", [(Linear, "linear", "LEAST_WORK"), (Mlp, "mlp", "LEAST_WORK_OF_MLP")])
+def test_one_row_and_small_layers_in_training_are_left_to_pytorch(calls, monkeypatch, rows, trains, layer, name, limit):
+    monkeypatch.setattr(module, "FEWEST_ROWS", 2)
+    monkeypatch.setattr(module, limit, 10 * 8 * 16)
+    with torch.set_grad_enabled(trains):
+        layer(8, 16)(torch.randn(1, rows, 8))
+    assert (name in calls) == (rows in (2, 10))

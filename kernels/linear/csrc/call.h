@@ -23,6 +23,19 @@ struct Product {
   int64_t M, N, K, blocks;  // of rows
 };
 
+// The same of few rows, b not packed before: a panel is, where it is used, and serves all rows while the cache holds it.
+// With gelu_of also what GELU makes of c, M x N; with slope_of, M x N, c times GELU's slope there.
+struct FewRows {
+  const float* a;
+  const float* b;                    // by its strides; packed where b_term is 0
+  int64_t b_term, b_column;
+  const float* bias;                 // N, or null
+  float* c;
+  float* gelu_of;                    // or null; may be c
+  const float* slope_of;             // or null
+  int64_t M, N, K;
+};
+
 // An MLP of C, H and C_out channels: a = gelu(x w1 + b1), y = a w2 + b2. A block's a stays in the cache.
 struct Mlp {
   const float* x;         // M x C
@@ -54,13 +67,14 @@ struct WeightGradient {
   int64_t M, N, K, parts, groups;  // groups of the N columns
 };
 
-// Of units from begin to end. Packing: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part * groups +
+// Of units from begin to end. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part * groups +
 // group.
 struct Code {
   int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel
   void (*pack)(const Packing& work, int64_t begin, int64_t end);
   void (*product)(const Product& work, int64_t begin, int64_t end);
+  void (*few_rows)(const FewRows& work, int64_t begin, int64_t end);
   void (*mlp)(const Mlp& work, int64_t begin, int64_t end);
   void (*mlp_gradient)(const MlpGradient& work, int64_t begin, int64_t end);
   void (*weight_gradient)(const WeightGradient& work, int64_t begin, int64_t end);

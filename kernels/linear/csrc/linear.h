@@ -46,6 +46,31 @@ void product(const Product& work, int64_t begin, int64_t end) {
   }
 }
 
+void few_rows(const FewRows& work, int64_t begin, int64_t end) {
+  const int64_t M = work.M, N = work.N, K = work.K;
+  const int64_t numbers = (K < kTerms ? K : kTerms) * kPanel;
+  Scratch scratch(numbers, 1);
+  float* packed = scratch.take(numbers);
+  for (int64_t n = begin * kPanel; n < end * kPanel && n < N; n += kPanel) {
+    const int64_t columns = N - n < kPanel ? N - n : kPanel;
+    float* c = work.c + n;
+    for (int64_t k = 0; k < K; k += kTerms) {
+      const int64_t terms = K - k < kTerms ? K - k : kTerms;
+      const float* panel = work.b + n * K + k * kPanel;
+      if (work.b_term) {
+        const float* from = work.b + k * work.b_term + n * work.b_column;
+        pack_panel(from, work.b_term, work.b_column, terms, columns, packed);
+        panel = packed;
+      }
+      multiply_rows(M, columns, work.a + k, K, panel, terms, k ? c : work.bias ? work.bias + n : nullptr, k ? N : 0, c, N);
+    }
+    if (work.gelu_of)
+      map_strip(M, columns, c, N, work.gelu_of + n, N, [](Vector x, Vector) { return gelu(x); });
+    if (work.slope_of)
+      map_strip(M, columns, work.slope_of + n, N, c, N, [](Vector x, Vector grad) { return grad * gelu_slope(x); });
+  }
+}
+
 void mlp(const Mlp& work, int64_t begin, int64_t end) {
   const int64_t a_row = work.H + kPanel;  // not a multiple of 4 KiB: a tile's rows would share places in the cache
   const int64_t numbers = most_rows(work.M, work.blocks) * a_row;

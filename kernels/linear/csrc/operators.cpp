@@ -22,6 +22,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kRows = 192;            // of a block, at most
 constexpr int64_t kFewestRows = 24;       // at least, that make a panel worth fetching
+constexpr int64_t kFewRows = 512;         // for which packing a weight first costs more than it saves
 constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's products: those that a cache holds
 constexpr int64_t kColumns = 192;         // of a group, whose rows of a weight's gradient are computed together
 constexpr int64_t kParts = 64;            // groups times parts of the rows, about
@@ -79,22 +80,75 @@ int64_t packed_size(int64_t rows, int64_t columns, const Code& code) {  // eithe
   return std::max(divide(rows, code.panel) * columns, divide(columns, code.panel) * rows) * code.panel;
 }
 
+Packing strides_of(const Matrix& matrix) {
+  if (matrix.across) return {matrix.data, 1, matrix.columns, matrix.columns, matrix.rows, nullptr};
+  return {matrix.data, matrix.columns, 1, matrix.rows, matrix.columns, nullptr};
+}
+
 const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
-  const int64_t terms = matrix.across ? matrix.columns : matrix.rows;
-  const int64_t columns = matrix.across ? matrix.rows : matrix.columns;
-  const int64_t b_term = matrix.across ? 1 : matrix.columns, b_column = matrix.across ? matrix.columns : 1;
-  const Packing work{matrix.data, b_term, b_column, terms, columns, numbers_of(packed)};
-  hand_out(code.pack, work, divide(columns, code.panel));
+  Packing work = strides_of(matrix);
+  work.packed = numbers_of(packed);
+  hand_out(code.pack, work, divide(work.N, code.panel));
   return numbers(packed);
 }
 
+// Whether products of M rows and N columns are computed panel by panel, of b as it is: where each thread gets a panel, or
+// would get no rows otherwise. No result depends on it.
+bool are_few(int64_t M, int64_t N, const Code& code) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return M <= kFewRows && divide(N, code.panel) >= std::min(threads, divide(M, kFewestRows));
+}
+
+FewRows few_rows(const Matrix& b) {
+  const Packing strides = strides_of(b);
+  FewRows work{};
+  work.b = b.data;
+  work.b_term = strides.b_term;
+  work.b_column = strides.b_column;
+  work.N = strides.N;
+  work.K = strides.K;
+  return work;
+}
+
+FewRows few_rows(const float* packed, int64_t N, int64_t K) {
+  FewRows work{};
+  work.b = packed;
+  work.N = N;
+  work.K = K;
+  return work;
+}
+
+FewRows with(FewRows work, const float* a, int64_t M, const float* bias, float* c) {
+  work.a = a;
+  work.bias = bias;
+  work.c = c;
+  work.M = M;
+  return work;
+}
+
+// All at once: threads wait for each other only at the end.
+void multiply(const std::vector<FewRows>& works, const Code& code) {
+  Numbers ends;  // of each one's panels among all
+  for (const FewRows& work : works) ends.push_back((ends.empty() ? 0 : ends.back()) + divide(work.N, code.panel));
+  if (ends.empty()) return;
+  torch::stable::parallel_for(0, ends.back(), 1, [&](int64_t begin, int64_t end) {
+    for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; begin = ends[i++]) {
+      const int64_t first = i ? ends[i - 1] : 0;
+      code.few_rows(works[i], begin - first, std::min(end, ends[i]) - first);
+    }
+  });
+}
+
 void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
-  const int64_t M = a.size(0);
-  const Product work{numbers(a), packed, bias, numbers_of(c), M, c.size(1), a.size(1), blocks_of(M, 1)};
+  const int64_t M = a.size(0), N = c.size(1), K = a.size(1);
+  if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), numbers(a), M, bias, numbers_of(c))}, code);
+  const Product work{numbers(a), packed, bias, numbers_of(c), M, N, K, blocks_of(M, 1)};
   hand_out(code.product, work, work.blocks);
 }
 
 void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
+  const int64_t M = a.size(0);
+  if (are_few(M, c.size(1), code)) return multiply({with(few_rows(b), numbers(a), M, bias, numbers_of(c))}, code);
   Tensor packed = empty(a, {packed_size(b.rows, b.columns, code)});
   multiply(a, pack(b, packed, code), bias, c, code);
 }
@@ -208,6 +262,29 @@ Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const 
   return sizes;
 }
 
+// The two products of every MLP of few rows.
+struct Few {
+  std::vector<FewRows> first, second;
+
+  // a: M x H.
+  void add(const Mlp& work, const FewRows& w1, const FewRows& w2, float* a) {
+    first.push_back(with(w1, work.x, work.M, work.b1, work.h ? work.h : a));
+    first.back().gelu_of = a;
+    second.push_back(with(w2, a, work.M, work.b2, work.y));
+  }
+
+  void add(const MlpGradient& work, const FewRows& w1, const FewRows& w2) {
+    first.push_back(with(w2, work.grad, work.M, nullptr, work.grad_h));
+    first.back().slope_of = work.h;
+    if (work.grad_x) second.push_back(with(w1, work.grad_h, work.M, nullptr, work.grad_x));
+  }
+
+  void run(const Code& code) const {
+    multiply(first, code);
+    multiply(second, code);
+  }
+};
+
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2,
                                const MaybeTensor& b2, bool across, bool keep, int64_t lanes) {
   const Code& code = choose(lanes);
@@ -216,24 +293,30 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
   const float* first_bias = numbers_of_bias(b1, "b1", {E, H});
   const float* second_bias = numbers_of_bias(b2, "b2", {E, C_out});
   Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, H});
+  const int64_t narrowest = std::min(H, C_out);
+  int64_t rows_of_few = 0;
+  for (int64_t count : counts) rows_of_few += are_few(count, narrowest, code) ? count : 0;
+  Tensor a = empty(x, {rows_of_few, H});
+  float* next = numbers_of(a);
+  Few few;
   Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(H, C_out, code)});
   for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
     if (counts[expert] == 0) continue;
-    Mlp work{};
-    work.x = numbers(x) + row * C;
-    work.w1 = pack(sizes.first(w1, expert, true), packed1, code);
-    work.b1 = first_bias ? first_bias + expert * H : nullptr;
-    work.w2 = pack(sizes.second(w2, expert, true), packed2, code);
-    work.b2 = second_bias ? second_bias + expert * C_out : nullptr;
-    work.h = keep ? numbers_of(h) + row * H : nullptr;
-    work.y = numbers_of(y) + row * C_out;
-    work.M = counts[expert];
-    work.C = C;
-    work.H = H;
-    work.C_out = C_out;
+    const Matrix first = sizes.first(w1, expert, true), second = sizes.second(w2, expert, true);
+    Mlp work{numbers(x) + row * C, nullptr, nullptr,
+             first_bias ? first_bias + expert * H : nullptr, second_bias ? second_bias + expert * C_out : nullptr,
+             keep ? numbers_of(h) + row * H : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0};
+    if (are_few(work.M, narrowest, code)) {
+      few.add(work, few_rows(first), few_rows(second), next);
+      next += work.M * H;
+      continue;
+    }
+    work.w1 = pack(first, packed1, code);
+    work.w2 = pack(second, packed2, code);
     work.blocks = blocks_of(work.M, H);
     hand_out(code.mlp, work, work.blocks);
   }
+  few.run(code);
   return {y, h};
 }
 
@@ -248,7 +331,15 @@ Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, cons
   Tensor y = empty(x, {M, C_out});
   const Mlp work{numbers(x), numbers(w1), numbers(w2), first_bias, second_bias, nullptr,
                  numbers_of(y), M, C, H, C_out, blocks_of(M, H)};
-  hand_out(choose(lanes).mlp, work, work.blocks);
+  const Code& code = choose(lanes);
+  if (are_few(M, std::min(H, C_out), code)) {
+    Tensor a = empty(x, {M, H});
+    Few few;
+    few.add(work, few_rows(work.w1, H, C), few_rows(work.w2, C_out, H), numbers_of(a));
+    few.run(code);
+  } else {
+    hand_out(code.mlp, work, work.blocks);
+  }
   return y;
 }
 
@@ -263,6 +354,28 @@ void add_rows(const float* rows, int64_t count, int64_t columns, float* sums) {
       for (int64_t j = 0; j < columns; ++j) part[j] += rows[i * columns + j];
     for (int64_t j = 0; j < columns; ++j) sums[j] += part[j];
   }
+}
+
+// Before GELU and before the first product, expert by expert.
+void input_gradients(std::vector<MlpGradient>& works, const Sizes& sizes, const Tensor& w1, const Tensor& w2,
+                     const Code& code) {
+  const auto [M, E, C, H, C_out, _] = sizes;
+  Tensor packed1 = empty(w1, {packed_size(H, C, code)}), packed2 = empty(w1, {packed_size(H, C_out, code)});
+  Few few;
+  for (int64_t expert = 0; expert < E; ++expert) {
+    MlpGradient& work = works[expert];
+    const Matrix first = sizes.first(w1, expert, false), second = sizes.second(w2, expert, false);
+    if (work.M == 0) continue;
+    if (are_few(work.M, std::min(H, C), code)) {
+      few.add(work, few_rows(first), few_rows(second));
+      continue;
+    }
+    work.w1 = pack(first, packed1, code);
+    work.w2 = pack(second, packed2, code);
+    work.blocks = blocks_of(work.M, H);
+    hand_out(code.mlp_gradient, work, work.blocks);
+  }
+  few.run(code);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
@@ -280,25 +393,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
   Numbers shape = sizes.w2();
   shape[0] = experts;
   Tensor grad_w2 = empty(x, shape), grad_b2 = empty(x, {experts, C_out});
-  Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(H, C_out, code)});
-  for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
-    MlpGradient work{};
-    work.grad = numbers(grad) + row * C_out;
-    work.h = numbers(h) + row * H;
-    work.w1 = pack(sizes.first(w1, expert, false), packed1, code);
-    work.w2 = pack(sizes.second(w2, expert, false), packed2, code);
-    work.grad_h = numbers_of(grad_h) + row * H;
-    work.grad_x = needs_x ? numbers_of(grad_x) + row * C : nullptr;
-    work.M = counts[expert];
-    work.C = C;
-    work.H = H;
-    work.C_out = C_out;
-    work.blocks = blocks_of(work.M, H);
-    hand_out(code.mlp_gradient, work, work.blocks);
-    if (!needs_weights) continue;
+  std::vector<MlpGradient> works;
+  for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++])
+    works.push_back({numbers(grad) + row * C_out, numbers(h) + row * H, nullptr, nullptr, numbers_of(grad_h) + row * H,
+                     needs_x ? numbers_of(grad_x) + row * C : nullptr, counts[expert], C, H, C_out, 0});
+  input_gradients(works, sizes, w1, w2, code);
+  for (int64_t expert = 0, row = 0; expert < experts; row += counts[expert++]) {
+    const MlpGradient& work = works[expert];
+    const float* from = numbers(x) + row * C;
     float *to_w1 = numbers_of(grad_w1) + expert * H * C, *to_b1 = numbers_of(grad_b1) + expert * H;
     float *to_w2 = numbers_of(grad_w2) + expert * H * C_out, *to_b2 = numbers_of(grad_b2) + expert * C_out;
-    const float* from = numbers(x) + row * C;
     weight_gradient({work.grad_h, from, false, false, nullptr, nullptr, work.M, H, C, 0, 0}, to_w1, to_b1, x, code);
     if (across) {
       weight_gradient({work.grad, work.h, false, true, nullptr, nullptr, work.M, C_out, H, 0, 0}, to_w2, to_b2, x, code);

@@ -72,6 +72,14 @@ inline void multiply_some(int64_t rows, int64_t columns, const float* a, int64_t
     for (int64_t j = 0; j < columns; ++j) c[r * c_row + j] = whole[r * kPanel + j];
 }
 
+// The same of any number of rows, tile by tile.
+inline void multiply_rows(int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* panel, int64_t terms,
+                          const float* start, int64_t start_row, float* c, int64_t c_row) {
+  for (int64_t i = 0; i < rows; i += TILE)
+    multiply_some(rows - i < TILE ? rows - i : TILE, columns, a + i * a_row, a_row, 1, panel, terms,
+                  start ? start + i * start_row : nullptr, start_row, c + i * c_row, c_row);
+}
+
 // c (rows x N) = a (rows x K) b + bias, b packed. finish(n, columns) follows once columns from n on are whole.
 template <typename Finish>
 inline void multiply_packed(int64_t rows, int64_t N, int64_t K, const float* a, int64_t a_row, const float* packed,
@@ -80,12 +88,8 @@ inline void multiply_packed(int64_t rows, int64_t N, int64_t K, const float* a, 
     const int64_t terms = K - k < kTerms ? K - k : kTerms;
     for (int64_t n = 0; n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
-      for (int64_t i = 0; i < rows; i += TILE) {
-        float* to = c + i * c_row + n;
-        const float* start = k ? to : bias ? bias + n : nullptr;
-        multiply_some(rows - i < TILE ? rows - i : TILE, columns, a + i * a_row + k, a_row, 1, packed + n * K + k * kPanel,
-                      terms, start, k ? c_row : 0, to, c_row);
-      }
+      multiply_rows(rows, columns, a + k, a_row, packed + n * K + k * kPanel, terms, k ? c + n : bias ? bias + n : nullptr,
+                    k ? c_row : 0, c + n, c_row);
       if (k + terms == K) finish(n, columns);
     }
   }
