@@ -1,4 +1,4 @@
-"""Checkpoints as pure functions: state dict in, state dict out. Reading and writing are in `utils`."""
+"""Checkpoints as pure functions: state dict in, state dict out. Reading and writing are in `storage` and `utils`."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-import utils
+import storage
 from checkpoint_moe import (
     expert_layers,
     is_expert,
@@ -41,7 +41,7 @@ def read_process(path: str | Path, rank: int = 0, processes: int = 1, with_optim
         path: of any of its files, or ``….pth`` for those that begin so.
 
     Returns:
-        As `utils.read_checkpoint`, but with the optimizer's state by name.
+        As `storage.read_checkpoint`, but with the optimizer's state by name.
 
     Raises:
         FileNotFoundError: where it, or one of its files, is missing.
@@ -85,7 +85,7 @@ class Saved:
 def read_saved(path: str | Path) -> Saved:
     """The files of a checkpoint; arguments and errors as of `read_process`."""
     if str(path).startswith("https:"):
-        return _saved([utils.read_checkpoint(path)], [str(path)])
+        return _saved([storage.read_checkpoint(path)], [str(path)])
     path = Path(path)
     match = SUFFIXED.fullmatch(path.name)
     base = path.with_name(match[1]) if match else path
@@ -96,7 +96,7 @@ def read_saved(path: str | Path) -> Saved:
     if ranks and ending != ".global":
         return _read_ranks(base, ranks)
     if whole.is_file():
-        return _saved([utils.read_checkpoint(whole, mmap=True)], [whole.name])
+        return _saved([storage.read_checkpoint(whole, mmap=True)], [whole.name])
     raise FileNotFoundError(f"{path}: no such checkpoint, and no {base.name}, {base.name}.rank0 or {whole.name} either")
 
 
@@ -110,7 +110,7 @@ def _saved(contents: list[dict[str, Any]], files: list[str]) -> Saved:
 
 
 def _read_native(path: Path) -> Saved:
-    shared = utils.read_checkpoint(path, mmap=True)
+    shared = storage.read_checkpoint(path, mmap=True)
     listed = shared.pop("expert_parts", None)
     if listed is None:
         return _saved([shared], [path.name])
@@ -121,7 +121,7 @@ def _read_native(path: Path) -> Saved:
             raise FileNotFoundError(f"{part}: missing; {path.name} needs it")
         if (size := part.stat().st_size) != entry["bytes"]:
             raise ValueError(f"{part}: {size} bytes, of {entry['bytes']} that {path.name} lists; copy it again")
-        contents.append(utils.read_checkpoint(part, mmap=True))
+        contents.append(storage.read_checkpoint(part, mmap=True))
     others = {name: value for name, value in shared.items() if name not in ("model", "optimizer")}
     states = [{**shared["model"], **content["model"]} for content in contents]
     # An official optimizer state numbers parameters in the order of the weights: it must not get lost.
@@ -150,14 +150,14 @@ def _read_ranks(base: Path, files: dict[int, Path]) -> Saved:
             f"{base}.rank{lacking[0]}: missing; {len(files)} other .rank file(s) of this checkpoint are there"
         )
     paths = [files[rank] for rank in range(len(files))]
-    contents = [utils.read_checkpoint(path, mmap=True) for path in paths]
+    contents = [storage.read_checkpoint(path, mmap=True) for path in paths]
     names = [path.name for path in paths]
     _check_same_save(contents, names)
     if all(is_expert(name) for name in contents[0]["model"]):
         master = base.with_name(f"{base.name}.master")
         if not master.is_file():
             raise FileNotFoundError(f"{master}: missing; {names[0]} holds experts alone")
-        shared = utils.read_checkpoint(master, mmap=True)
+        shared = storage.read_checkpoint(master, mmap=True)
         _check_same_save([contents[0], {"epoch": contents[0].get("epoch"), **shared}], [names[0], master.name])
         states = merge_master([content["model"] for content in contents], shared["model"], master.name)
         contents = [{**content, "model": state} for content, state in zip(contents, states, strict=True)]
@@ -183,7 +183,7 @@ def files_by_base(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(folder.glob("ckpt_epoch_*.pth*")):
         match = SUFFIXED.fullmatch(path.name)
         base = match[1] if match else path.name
-        if utils.CHECKPOINT_NAME.fullmatch(base):
+        if storage.CHECKPOINT_NAME.fullmatch(base):
             files.setdefault(base, []).append(path)
     return files
 

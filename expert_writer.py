@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import distributed
-import utils
+import storage
 from checkpoint_moe import (
     expert_layers,
     gather_experts,
@@ -119,7 +119,7 @@ class Writer:
 
         def write() -> dict[str, int]:
             for name, content in files.items():
-                temporary[name] = utils.write_temporary(content, self.path.with_name(name))
+                temporary[name] = storage.write_temporary(content, self.path.with_name(name))
             return {name: path.stat().st_size for name, path in temporary.items()}
 
         def show() -> None:
@@ -164,9 +164,9 @@ def remove_replaced(path: Path, kept: Collection[str]) -> None:
             file.unlink()
     for file in path.parent.glob(f".{escaped(path.name)}*.tmp"):
         file.unlink()
-    if not utils.CHECKPOINT_NAME.fullmatch(path.name):
+    if not storage.CHECKPOINT_NAME.fullmatch(path.name):
         return
     for base, files in files_by_base(path.parent).items():
-        if "_step_" in base and utils.progress_of(Path(base)) < utils.progress_of(path):
+        if "_step_" in base and storage.progress_of(Path(base)) < storage.progress_of(path):
             for file in files:
                 file.unlink()

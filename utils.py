@@ -1,25 +1,18 @@
-"""Checkpoints on disk, gradient scaling: the official ``utils.py`` around the pure functions of `checkpoint`."""
+"""Saving, loading and resuming, gradient scaling: the official ``utils.py``, on `checkpoint` and `storage`."""
 
-import errno
-import hashlib
 import logging
-import os
-import pickle
-import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import distributed
+import storage
 from checkpoint import (
     Size,
     WeightsError,
@@ -37,17 +30,7 @@ from config import to_dict
 from models.layers import patches_of
 from optimizer import load_optimizer_state
 
-# What official checkpoints pickle besides tensors: a yacs config, read here as a plain dict, and NumPy scalars.
-NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-OFFICIAL_PICKLES = [
-    (OrderedDict, "yacs.config.CfgNode"),
-    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
-]
 EVERY_PROCESS_SAVES = False  # of the functions below, the main process alone calls those that write
-CHECKPOINT_NAME = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 
 def load_checkpoint(
@@ -86,7 +69,7 @@ def resume(
     """
     path = config.MODEL.RESUME
     logger.info(f"==============> Resuming form {path}....................")  # sic: people parse it
-    saved = (read or read_checkpoint)(path)
+    saved = (read or storage.read_checkpoint)(path)
     weights = _chosen_weights(config, saved, path)
     del saved["model"]
     with _named(path, logger):
@@ -136,7 +119,7 @@ def load_pretrained(
     Raises ``ValueError`` where weights other than position tables, the first convolution's channels and the head do not
     fit; under ``EVAL_MODE`` also where the head does not.
     """
-    start_from(config, model, logger, read_checkpoint, resize_table)
+    start_from(config, model, logger, storage.read_checkpoint, resize_table)
 
 
 def start_from(
@@ -260,10 +243,10 @@ def save_checkpoint(
     state = training_state(config, epoch, model, max_accuracy, optimizer, lr_scheduler, loss_scaler, step, **extra)
     path = checkpoint_path(config, epoch, step)
     logger.info(f"{path} saving......")
-    write_atomically(state, path)
+    storage.write_atomically(state, path)
     logger.info(f"{path} saved !!!")
     for other in path.parent.glob("ckpt_epoch_*_step_*.pth"):
-        if progress_of(other) < progress_of(path):
+        if storage.progress_of(other) < storage.progress_of(path):
             other.unlink()
     return path
 
@@ -302,7 +285,7 @@ def save_best(
     """Write ``OUTPUT/ckpt_best.pth``, the weights of the best epoch so far, for evaluation."""
     path = Path(config.OUTPUT) / "ckpt_best.pth"
     state = {"model": model.state_dict(), "max_accuracy": accuracy, "epoch": epoch, "config": to_dict(config)}
-    write_atomically({**state, "classes": classes}, path)
+    storage.write_atomically({**state, "classes": classes}, path)
     logger.info(f"{path} saved: {accuracy:.2f}% after epoch {epoch}")
     return path
 
@@ -310,94 +293,7 @@ def save_best(
 def best_accuracy(config: Any) -> float:
     """That of ``OUTPUT/ckpt_best.pth``, which an earlier run may have written; -1 where there is none."""
     path = Path(config.OUTPUT) / "ckpt_best.pth"
-    return read_checkpoint(path, mmap=True)["max_accuracy"] if path.exists() else -1.0
-
-
-def write_atomically(state: dict[str, Any], path: Path) -> None:
-    """Save to a temporary file, flush it to the disk, rename it: a crash leaves the old file or the new one."""
-    temporary = write_temporary(state, path)
-    try:
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_temporary(state: dict[str, Any], path: Path) -> Path:
-    """Save to a temporary file beside ``path``, flush it to the disk, and return it; nothing stays where this fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint as plain data on the CPU, from a file or an ``https`` URL. Nothing in it is executed.
-
-    A bare state dict is taken as ``{"model": …}``. With ``mmap`` tensors stay in the file until they are used; files of
-    PyTorch before 1.6, which have another form, are read as a whole.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is truncated, or holds anything but tensors and plain data.
-    """
-    file = download(str(path)) if str(path).startswith("https:") else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with torch.serialization.safe_globals(OFFICIAL_PICKLES):
-            mapped = mmap and zipfile.is_zipfile(file)
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as err:  # damaged bytes make an unpickler fail in any way, even seek to before the file
-        if isinstance(err, MemoryError) or (isinstance(err, OSError) and err.errno != errno.EINVAL):
-            raise  # the machine's fault, not the file's: an older file must not take its place
-        if isinstance(err, pickle.UnpicklingError) and (culprit := re.search(r"GLOBAL (\S+)|function (\S+)", str(err))):
-            raise ValueError(
-                f"{path}: refused, since loading {culprit[1] or culprit[2]} could run code; only tensors and plain "
-                "data are read. Save its state dict alone"
-            ) from err
-        raise ValueError(f"{path}: truncated or not a checkpoint; use another one, or copy it again") from err
-    if not isinstance(saved, dict) or not saved:
-        raise ValueError(f"{path}: expected a checkpoint with the key 'model', found {type(saved).__name__}")
-    if "model" not in saved:
-        if not all(isinstance(value, Tensor) for value in saved.values()):
-            raise ValueError(f"{path}: no key 'model' among {sorted(map(str, saved))[:8]}")
-        saved = {"model": saved}
-    return saved
-
-
-def download(url: str) -> Path:
-    """Fetch ``https://…/file.pth`` or ``https://…/file.pth#sha256=…`` once per machine, into torch's cache.
-
-    The digest, or one that the file name ends in (``-0123abcd.pth``), is checked.
-
-    Raises ``ValueError`` where the digest differs or the address cannot be reached.
-    """
-    address, _, fragment = url.partition("#")
-    digest = fragment.removeprefix("sha256=") or None
-    if digest is None and (named := re.search(r"-(?!\d+\.)([0-9a-f]{8,})\.pth$", address)):  # not a date
-        digest = named[1]
-    folder = hashlib.sha256(address.encode()).hexdigest()[:12]  # other addresses may end in the same name
-    file = Path(torch.hub.get_dir()) / "checkpoints" / folder / address.rsplit("/", 1)[-1]
-    error = None
-    if distributed.local_rank() == 0 and not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address, str(file), progress=False)
-        except OSError as err:
-            error = err
-    distributed.barrier()  # also after a failure, or the others would wait
-    if not file.exists():
-        reason = "the first process of this machine says why" if error is None else error
-        raise ValueError(f"{address}: cannot be downloaded: {reason}") from error
-    if digest and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(digest):
-        raise ValueError(f"{file}: its sha256 does not begin with {digest}; delete it and download {address} again")
-    return file
+    return storage.read_checkpoint(path, mmap=True)["max_accuracy"] if path.exists() else -1.0
 
 
 def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = None) -> str | None:
@@ -407,34 +303,10 @@ def auto_resume_helper(output_dir: str | Path, logger: logging.Logger | None = N
 
     Raises ``ValueError`` where none loads: training must not silently begin again.
     """
-    candidates = [path for path in Path(output_dir).glob("ckpt_epoch_*.pth") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return newest_that_loads(output_dir, sorted(candidates, key=progress_of, reverse=True), read_checkpoint, logger)
-
-
-def newest_that_loads(
-    folder: str | Path, candidates: list[Path], load: Callable[[Path], Any], logger: logging.Logger | None
-) -> str | None:
-    """The first of ``candidates``, the newest first, that ``load`` takes; as `auto_resume_helper`."""
-    for path in candidates:
-        try:
-            load(path)
-        except (ValueError, FileNotFoundError) as err:
-            if logger is not None:
-                logger.warning(f"auto-resume passed over {err}")
-            continue
-        return str(path)
-    if candidates:
-        raise ValueError(
-            f"{folder}: none of its {len(candidates)} checkpoint(s) loads; move them away to start "
-            "anew, or name one with --resume"
-        )
-    return None
-
-
-def progress_of(path: Path) -> tuple[int, int]:
-    """(epochs finished, batches of the next one) from a checkpoint's name."""
-    epoch, step = CHECKPOINT_NAME.fullmatch(path.name).groups()
-    return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
+    paths = Path(output_dir).glob("ckpt_epoch_*.pth")
+    candidates = [path for path in paths if storage.CHECKPOINT_NAME.fullmatch(path.name)]
+    candidates.sort(key=storage.progress_of, reverse=True)
+    return storage.newest_that_loads(output_dir, candidates, storage.read_checkpoint, logger)
 
 
 def get_grad_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import distributed
+import storage
 import utils
 from checkpoint_moe import COUNTER, gate_experts, is_expert, optimizer_by_position, prefix_of
 from config import to_dict
@@ -201,14 +202,14 @@ def auto_resume_helper(
     del save_master
     bases = files_by_base(Path(output_dir))
     candidates = []
-    for base in sorted(bases, key=lambda name: utils.progress_of(Path(name)), reverse=True):
+    for base in sorted(bases, key=lambda name: storage.progress_of(Path(name)), reverse=True):
         names = {path.name for path in bases[base]}
         ranks = [path for path in bases[base] if path.suffix.startswith(".rank")]
         forms = [base] if base in names else []
         forms += [ranks[0].name] if ranks else []
         forms += [f"{base}.global"] if f"{base}.global" in names else []
         candidates += [Path(output_dir) / form for form in forms]
-    return utils.newest_that_loads(output_dir, candidates, check_resumable, logger)
+    return storage.newest_that_loads(output_dir, candidates, check_resumable, logger)
 
 
 def freeze_experts(model: nn.Module, optimizer: Optimizer, experts: Sequence[int]) -> None:

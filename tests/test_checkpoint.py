@@ -12,6 +12,7 @@ from conftest import SMALL, golden, golden_values, make_config
 from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
+import storage
 import utils
 from checkpoint import (
     compare,
@@ -92,12 +93,12 @@ def test_official_files_with_a_pickled_config_load(parts, tmp_path):
     torch.save(official, tmp_path / "official.pth")
     resumed = with_resume(config.clone(), tmp_path / "official.pth")
     assert utils.load_checkpoint(resumed, build_model(config), optimizer, scheduler, None, LOGGER) == 81.2
-    assert isinstance(utils.read_checkpoint(tmp_path / "official.pth")["config"], collections.OrderedDict)
+    assert isinstance(storage.read_checkpoint(tmp_path / "official.pth")["config"], collections.OrderedDict)
 
 
 def test_bare_state_dict_is_taken_as_a_model(parts, tmp_path):
     torch.save(parts[1].state_dict(), tmp_path / "bare.pth")
-    assert set(utils.read_checkpoint(tmp_path / "bare.pth")) == {"model"}
+    assert set(storage.read_checkpoint(tmp_path / "bare.pth")) == {"model"}
 
 
 def test_pickle_that_would_run_code_is_refused(tmp_path):
@@ -109,7 +110,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path):
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Attack()}, protocol=2))
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(ValueError, match="refused") as error:
-            utils.read_checkpoint(tmp_path / name)
+            storage.read_checkpoint(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
@@ -120,10 +121,10 @@ def test_truncated_and_missing_files_are_named(parts, tmp_path):
     for size in (0, 10, len(data) // 2, len(data) - 10):
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"ckpt_epoch_0\.pth: ") as error:
-            utils.read_checkpoint(path)
+            storage.read_checkpoint(path)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        utils.read_checkpoint(tmp_path / "nowhere.pth")
+        storage.read_checkpoint(tmp_path / "nowhere.pth")
 
 
 def test_another_architecture_is_reported(parts):
@@ -304,12 +305,12 @@ def test_download_checks_the_digest(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    assert utils.download(f"https://host/a.pth#sha256={digest}").read_bytes() == data
-    assert utils.download(f"https://host/a.pth#sha256={digest}").read_bytes() == data
+    assert storage.download(f"https://host/a.pth#sha256={digest}").read_bytes() == data
+    assert storage.download(f"https://host/a.pth#sha256={digest}").read_bytes() == data
     assert fetched == ["https://host/a.pth"]  # once
-    assert utils.download("https://host/run2/a.pth") != utils.download("https://host/a.pth")
-    utils.download("https://host/model-20210401.pth")  # a date is no digest
-    utils.download(f"https://host/b-{digest[:8]}.pth")
+    assert storage.download("https://host/run2/a.pth") != storage.download("https://host/a.pth")
+    storage.download("https://host/model-20210401.pth")  # a date is no digest
+    storage.download(f"https://host/b-{digest[:8]}.pth")
     for url in ("https://host/a.pth#sha256=00", "https://host/c-0000000a.pth"):
         with pytest.raises(ValueError, match="its sha256 does not begin with"):
-            utils.download(url)
+            storage.download(url)

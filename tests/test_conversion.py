@@ -19,8 +19,8 @@ from conversion import convert, detect, from_official, to_official
 from models.layers import relative_coords_table
 from models.swin_transformer import SwinTransformer
 from models.swin_transformer_v2 import SwinTransformerV2
+from storage import read_checkpoint
 from tools import convert_checkpoint
-from utils import read_checkpoint
 
 FAMILIES = ("swin", "swinv2")
 LIBRARIES = ("timm", "torchvision", "transformers")

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import models.registry
-import utils
+import storage
 from data.transforms import build_transform
 from models.registry import CATALOGUE, REGISTERED
 from tools import list_models
@@ -143,7 +143,7 @@ def released(tmp_path, monkeypatch):
     file = tmp_path / "released.pth"
     torch.save({"model": small(seed=1).state_dict(), "epoch": 299}, file)
     addresses = []
-    monkeypatch.setattr(utils, "download", lambda address: addresses.append(address) or file)
+    monkeypatch.setattr(storage, "download", lambda address: addresses.append(address) or file)
     return addresses
 
 

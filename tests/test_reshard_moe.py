@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from yacs.config import CfgNode
 
 import distributed
+import storage
 import utils
 import utils_moe
 from checkpoint_moe import (
@@ -566,7 +567,7 @@ def refuse_together(rank: int, tmp_path: Path) -> None:
     parts = half(tmp_path / "refused", seed=1)
     before = parts.save()
     files = sorted(path.name for path in parts.folder.iterdir())
-    write = utils.write_temporary
+    write = storage.write_temporary
     for broken, official in ((1, False), (0, False), (1, True)):
         calls = []
 
@@ -576,13 +577,13 @@ def refuse_together(rank: int, tmp_path: Path) -> None:
                 raise RuntimeError("the disk is full")
             return write(content, path)
 
-        utils.write_temporary = fail
+        storage.write_temporary = fail
         error, text = (
             (RuntimeError, "^the disk") if rank == broken else (OSError, f"^process {broken}: RuntimeError: the")
         )
         with pytest.raises(error, match=text):
             parts.save(official=official)
-        utils.write_temporary = write
+        storage.write_temporary = write
         distributed.barrier()
         assert sorted(path.name for path in parts.folder.iterdir()) == files
         parts.resume(before)
@@ -674,7 +675,7 @@ def test_the_tool_goes_from_official_to_ours_and_back(tmp_path, parts, monkeypat
     digests.append(tool("split", tmp_path / "again.pth", tmp_path / "four.pth", "--processes", 4))
     assert len(set(digests)) == 1
     for rank, content in enumerate(contents):
-        with torch.serialization.safe_globals(utils.OFFICIAL_PICKLES):
+        with torch.serialization.safe_globals(storage.OFFICIAL_PICKLES):
             back = torch.load(tmp_path / f"four.pth.rank{rank}", weights_only=True)
         for key in ("model", "optimizer", "lr_scheduler", "epoch"):
             assert reshard_moe.digest(back[key]) == reshard_moe.digest(content[key]), key
@@ -692,7 +693,7 @@ def test_the_tool_goes_from_official_to_ours_and_back(tmp_path, parts, monkeypat
         tool("split", official, tmp_path / "three.pth", "--processes", 3)
     assert not list(tmp_path.glob("three*"))
     monkeypatch.setattr(
-        reshard_moe, "write_temporary", lambda content, path: utils.write_temporary({"model": {}}, path)
+        reshard_moe, "write_temporary", lambda content, path: storage.write_temporary({"model": {}}, path)
     )
     with pytest.raises(SystemExit, match="differs from what was written"):
         tool("gather", official, tmp_path / "bad.pth")

@@ -23,6 +23,7 @@ import engine
 import evaluation
 import launch
 import sharding
+import storage
 import utils
 import utils_moe
 from ema import MovingAverage
@@ -146,7 +147,7 @@ def saved(folder: Path, epoch: int = 0) -> Path:
 
 def read(path: Path) -> dict:
     """A whole checkpoint, the optimizer's state by name where it is of Swin-MoE."""
-    return utils_moe.read_process(path) if list(path.parent.glob("*.experts*")) else utils.read_checkpoint(path)
+    return utils_moe.read_process(path) if list(path.parent.glob("*.experts*")) else storage.read_checkpoint(path)
 
 
 def assert_close_states(a: Path, b: Path, rtol: float, atol: float) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conversion import LAYOUTS, convert, detect
-from utils import read_checkpoint, write_atomically
+from storage import read_checkpoint, write_atomically
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 logger = logging.getLogger("convert_checkpoint")

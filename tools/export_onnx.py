@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import storage
 import utils
 from config import OFFICIAL_CLASSES, get_config
 from launch import USER_ERRORS
@@ -119,7 +120,7 @@ def with_classes(config: Any, path: str) -> Any:
     config = config.clone()
     if config.MODEL.NUM_CLASSES_FROM_DATA:
         classes = OFFICIAL_CLASSES.get(config.DATA.DATASET, config.MODEL.NUM_CLASSES)
-        head = utils.read_checkpoint(path)["model"].get("head.bias") if path else None
+        head = storage.read_checkpoint(path)["model"].get("head.bias") if path else None
         config.defrost()
         config.MODEL.NUM_CLASSES = classes if head is None else len(head)
         config.freeze()

@@ -30,7 +30,7 @@ from checkpoint_moe import expert_layers, optimizer_by_position, upcycle
 from config import get_config, to_dict
 from expert_files import checkpoint_files, read_process
 from models import build_model
-from utils import write_temporary
+from storage import write_temporary
 
 logger = logging.getLogger("reshard_moe")
 
