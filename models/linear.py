@@ -62,7 +62,7 @@ def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: 
         and not (is_hooked(fc2) or is_hooked(drop) or (drop.training and drop.p > 0))
         and _is_linear_gelu(fc1, act)
         and takes_kernel(x, fc1.weight, fc2.weight)
-        and _is_enough(x, fc1.weight, LEAST_WORK_OF_MLP, _needs_grad(x, *fc1.parameters(), *fc2.parameters()))
+        and _is_enough(x, fc1.weight, LEAST_WORK_OF_MLP, _needs_grad(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias))
     )
 
 

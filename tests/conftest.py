@@ -142,7 +142,8 @@ def preloaded_python() -> Iterator[dict[str, str]]:
 def run_script(tmp_path: Path, preloaded_python: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script of the project, as ``python`` or with ``torchrun=N``; output goes to ``tmp_path/output``.
 
-    ``fresh`` processes import everything themselves, for seconds; the others begin with the libraries.
+    ``fresh`` processes import everything themselves, for seconds; the others begin with the libraries, which do not see
+    the variables of ``env`` that they read while they are imported.
     """
 
     def call(

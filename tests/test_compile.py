@@ -196,7 +196,7 @@ def test_a_compiler_that_fails_is_named_at_once():
 @pytest.mark.slow
 def test_a_missing_compiler_is_one_line(image_folder, tmp_path, run_script):
     env = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    failed = run_script("main.py", "--compile", *small_run(image_folder), check=False, env=env)
+    failed = run_script("main.py", "--compile", *small_run(image_folder), check=False, env=env, fresh=True)
     lines = [line for line in failed.stderr.splitlines() if line.startswith("main.py: error: ")]
     assert failed.returncode == 1 and len(lines) == 1 and "/nowhere/g++" in lines[0], failed.stderr
 

@@ -27,12 +27,12 @@ struct Product {
 // With gelu_of also what GELU makes of c, M x N; with slope_of, M x N, c times GELU's slope there.
 struct FewRows {
   const float* a;
-  const float* b;                    // by its strides; packed where b_term is 0
+  const float* b;          // by its strides; packed where b_term is 0
   int64_t b_term, b_column;
-  const float* bias;                 // N, or null
+  const float* bias;       // N, or null
   float* c;
-  float* gelu_of;                    // or null; may be c
-  const float* slope_of;             // or null
+  float* gelu_of;          // or null; may be c
+  const float* slope_of;   // or null
   int64_t M, N, K;
 };
 
@@ -67,8 +67,8 @@ struct WeightGradient {
   int64_t M, N, K, parts, groups;  // groups of the N columns
 };
 
-// Of units from begin to end. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part * groups +
-// group.
+// Of units from begin to end. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part *
+// groups + group.
 struct Code {
   int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel

@@ -10,7 +10,7 @@
 
 namespace swin {
 
-const Code kPlain{LANES, plain::kPanel, plain::pack, plain::product, plain::few_rows, plain::mlp, plain::mlp_gradient,
-                  plain::weight_gradient};
+const Code kPlain{LANES, plain::kPanel, plain::pack, plain::product, plain::few_rows, plain::mlp,
+                  plain::mlp_gradient, plain::weight_gradient};
 
 }  // namespace swin
