@@ -22,6 +22,7 @@ from kernels import window_process
 from models import build_model
 from models.attention import ATTEND
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # forks of a process with threads lack them
 multiprocessing.set_forkserver_preload(list(preloaded.LIBRARIES))  # for whom "forkserver" starts
 torch.set_num_threads(1)  # most models here are so small that threads only wait for each other
 
@@ -132,6 +133,7 @@ def preloaded_python() -> Iterator[dict[str, str]]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # a Ctrl-C that ends the tests is not for those who end what they have started
         )
         with server:  # it ends as its input does
             assert server.stdout.readline() == b"ready\n"

@@ -16,9 +16,9 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 
-# What scripts import besides the project's own modules. None of it starts a thread, which forks would lack.
+# What scripts import besides the project's own modules. With OMP_NUM_THREADS=1 none of it starts a thread, which forks
+# would lack.
 LIBRARIES = (
     *("torch", "torch._dynamo", "torch.distributed.run", "torch.utils.tensorboard", "torchvision.transforms"),
     *("timm.data", "timm.optim", "scipy.interpolate", "cv2", "yacs.config"),
@@ -30,6 +30,8 @@ def serve(address: str) -> list[str]:
     """Fork for every caller, until standard input ends. Returns in the forks: what they are to run."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    if os.path.exists("/proc/self/task"):
+        assert len(os.listdir("/proc/self/task")) == 1, "forks would lack the libraries' threads"
     gc.freeze()  # a collection would write to all of it, and have it copied
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -62,7 +64,8 @@ def attend(caller: socket.socket) -> list[str]:
         caller.close()
         become(request, files)
         return request["arguments"]
-    caller.sendall(f"{program}\n".encode())
+    with contextlib.suppress(BrokenPipeError):  # then the caller has ended, which the next lines see
+        caller.sendall(f"{program}\n".encode())
     for file in files:
         os.close(file)
     if caller in select.select([caller, reader], [], [])[0]:
@@ -74,6 +77,7 @@ def attend(caller: socket.socket) -> list[str]:
 
 
 def become(request: dict, files: list[int]) -> None:
+    sys.modules["numpy"].random.seed()  # not that of all forks; Python's own is drawn anew by itself
     os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
@@ -98,6 +102,14 @@ def run(arguments: list[str]) -> None:
 
 def call(arguments: list[str]) -> None:
     """Have ``arguments`` run by `serve`, and end as they end."""
+    program, early = 0, []
+
+    def pass_on(number: int, _) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(program, number) if program else early.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[ADDRESS])
         request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
@@ -105,19 +117,18 @@ def call(arguments: list[str]) -> None:
         server.sendall(json.dumps(request).encode() + b"\n")
         answers = server.makefile()
         program = int(answers.readline())
-
-        def pass_on(number: int, _) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(program, number)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, pass_on)
+        for number in early:
+            pass_on(number, None)
         status = int(answers.readline())
     if status < 0:
-        if status != -signal.SIGKILL:
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
+        end_by(-status)
     sys.exit(status)
+
+
+def end_by(number: int) -> None:
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def run_and_end(arguments: list[str]) -> None:
@@ -127,9 +138,9 @@ def run_and_end(arguments: list[str]) -> None:
         run(arguments)
     except SystemExit as end:
         status = end.code
-    except BaseException:
-        traceback.print_exc()
-        status = 1
+    except BaseException as err:
+        sys.excepthook(*sys.exc_info())
+        status = -signal.SIGINT if isinstance(err, KeyboardInterrupt) else 1
     if not isinstance(status, int | None):
         sys.stderr.write(f"{status}\n")
         status = 1
@@ -137,6 +148,8 @@ def run_and_end(arguments: list[str]) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if status == -signal.SIGINT:
+        end_by(signal.SIGINT)
     os._exit((status or 0) & 0xFF)
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -66,6 +67,7 @@ class Team:
 
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
+    np.random.seed()  # not that of all forks
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     timeout = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timeout)

@@ -173,15 +173,33 @@ def test_results_are_the_same_bits_for_any_number_of_threads(operators, rows, ch
     """Of 300 rows weights are packed on the way, unless there are more threads than panels: of 20 columns two."""
     torch.manual_seed(0)
     layer = nn.Sequential(Linear(33, channels), Mlp(channels, 250))
-    x, threads = torch.randn(rows, 33), torch.get_num_threads()
-    results = []
+    check_bits_of_threads(layer, list(layer.parameters()), torch.randn(rows, 33))
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 300, 700, 1], [500] * 9])
+def test_experts_results_are_the_same_bits_for_any_number_of_threads(operators, counts):
+    """Those of few rows are computed together, up to 4096 rows; 700 rows are not few."""
+    torch.manual_seed(0)
+    mixture = Experts(20, 90, len(counts))
+    mixture.reset_parameters(0.2, 0)
+    check_bits_of_threads(
+        lambda x: mixture.grouped(x, torch.tensor(counts)), list(mixture.parameters()), torch.randn(sum(counts), 20)
+    )
+
+
+def check_bits_of_threads(run, parameters, x):
+    x.requires_grad_()
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
-            y = layer(x)
-            results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+            with torch.no_grad():
+                without = run(x)
+            y = run(x)
+            results.append([without, y, *torch.autograd.grad(y.square().sum(), [x, *parameters])])
     finally:
         torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[0][1])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 

@@ -31,7 +31,7 @@ def accuracies(text: str) -> list[str]:
 def test_train_on_two_processes_evaluate_on_one_and_three(image_folder, tmp_path, run_script):
     """11 validation images in batches of 2: one of two processes has three batches, one of three processes one less."""
     opts = ["DATA.BATCH_SIZE", 2, "MODEL.SWIN_MOE.PATH", "dropless", "TRAIN.MOE.STATISTICS", True]
-    result = run_script("main_moe.py", *run_of(image_folder, *opts), torchrun=2)
+    result = run_script("main_moe.py", *run_of(image_folder, *opts), torchrun=2, fresh=True)
     folder = tmp_path / "output/small/default"
     assert re.search(r"number of params single: (\d+)[\s\S]*number of params whole: (\d+)", result.stdout)
     assert re.search(r"loss \S+ \(\S+\)\tloss-cls \S+ \(\S+\)\tloss-aux \S+ \(\S+\)\tgrad_norm", result.stdout)

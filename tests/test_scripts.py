@@ -81,7 +81,8 @@ def test_two_processes_equal_one(tmp_path, run_script, launcher):
     arguments = {size: small_run(data, *common, "DATA.BATCH_SIZE", size) for size in (6, 12)}
     one = run_script("main.py", *arguments[12], "--tag", "one").stdout
     module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
-    two = run_script("main.py", *arguments[6], "--tag", "two", torchrun=2, launcher=module).stdout
+    fresh = launcher == "torchrun"
+    two = run_script("main.py", *arguments[6], "--tag", "two", torchrun=2, launcher=module, fresh=fresh).stdout
     numbers = [re.findall(r"loss ([\d.]+) .*grad_norm ([\d.]+)", text) for text in (one, two)]
     assert len(numbers[0]) == 10
     for (loss, norm), (other_loss, other_norm) in zip(*numbers, strict=True):

@@ -1,8 +1,8 @@
 """Linear layers and MLPs in float32 on CPUs, forward and backward, by the extension ``swin_linear`` (``csrc/``).
 
-M rows of C channels, H hidden units. An MLP's values between its two products stay in the cache: GELU is computed
-there, forward and backward, and only what it is of is kept for the backward pass. Gradients are the same bits for any
-number of threads. Second derivatives are PyTorch's.
+M rows of C channels, H hidden units. An MLP's values between its two products stay in the cache, but for those of few
+rows: GELU is computed there, forward and backward, and only what it is of is kept for the backward pass. Gradients are
+the same bits for any number of threads. Second derivatives are PyTorch's.
 """
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 from . import operators
 
 INSTALL = "pip install ./kernels/linear --no-build-isolation"
+VERSION = 2  # of the extension: weights for few rows are not copied first
 
 try:
     import swin_linear  # noqa: F401 - loads the operators
 
     PROBLEM = ""
-    if torch.ops.swin_linear.lanes(torch.empty(0, device="cpu")) < 8:
+    _like = torch.empty(0, device="cpu")
+    if torch.ops.swin_linear.lanes(_like) < 8:
         PROBLEM = "for this processor and compiler it has plain code alone, slower than PyTorch's"
-    elif not hasattr(torch.ops.swin_linear, "mlp_packed"):
+    elif not hasattr(torch.ops.swin_linear, "version") or torch.ops.swin_linear.version(_like) < VERSION:
         PROBLEM = f"the extension for linear layers is of an older version of this code; {INSTALL}"
 except (ImportError, OSError) as err:  # OSError: a library that this PyTorch cannot load
     PROBLEM = f"the extension for linear layers is not built: {' '.join(str(err).split())}; {INSTALL}"

@@ -23,11 +23,11 @@ struct Product {
   int64_t M, N, K, blocks;  // of rows
 };
 
-// The same of few rows, b not packed before: a panel is, where it is used, and serves all rows while the cache holds it.
+// The same of few rows: a panel of b serves all of them while the cache holds it, and is packed only then.
 // With gelu_of also what GELU makes of c, M x N; with slope_of, M x N, c times GELU's slope there.
 struct FewRows {
   const float* a;
-  const float* b;          // by its strides; packed where b_term is 0
+  const float* b;          // by its strides; packed before where b_term is 0
   int64_t b_term, b_column;
   const float* bias;       // N, or null
   float* c;

@@ -48,7 +48,7 @@ void product(const Product& work, int64_t begin, int64_t end) {
 
 void few_rows(const FewRows& work, int64_t begin, int64_t end) {
   const int64_t M = work.M, N = work.N, K = work.K;
-  const int64_t numbers = (K < kTerms ? K : kTerms) * kPanel;
+  const int64_t numbers = work.b_term ? (K < kTerms ? K : kTerms) * kPanel : 0;
   Scratch scratch(numbers, 1);
   float* packed = scratch.take(numbers);
   for (int64_t n = begin * kPanel; n < end * kPanel && n < N; n += kPanel) {

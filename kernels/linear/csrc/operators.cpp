@@ -23,6 +23,7 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kRows = 192;            // of a block, at most
 constexpr int64_t kFewestRows = 24;       // at least, that make a panel worth fetching
 constexpr int64_t kFewRows = 512;         // for which packing a weight first costs more than it saves
+constexpr int64_t kTogether = 4096;       // rows of MLPs of few rows that are computed at once, at most
 constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's products: those that a cache holds
 constexpr int64_t kColumns = 192;         // of a group, whose rows of a weight's gradient are computed together
 constexpr int64_t kParts = 64;            // groups times parts of the rows, about
@@ -55,6 +56,9 @@ Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::n
 
 // Numbers of a vector, of the code that is chosen; the tensor says on which device.
 int64_t lanes_of(const Tensor&) { return choose(0).lanes; }
+
+// Raised where callers rely on what older builds do not have.
+int64_t version_of(const Tensor&) { return 2; }
 
 template <typename Work>
 void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
@@ -92,11 +96,12 @@ const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
   return numbers(packed);
 }
 
-// Whether products of M rows and N columns are computed panel by panel, of b as it is: where each thread gets a panel, or
-// would get no rows otherwise. No result depends on it.
+// Whether products of M rows and N columns, of all experts, are computed panel by panel, of b as it is. The thread with
+// most panels must not get much more of the work than that with most blocks of rows would. No result depends on it.
 bool are_few(int64_t M, int64_t N, const Code& code) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return M <= kFewRows && divide(N, code.panel) >= std::min(threads, divide(M, kFewestRows));
+  if (M > kFewRows || M == 0) return false;
+  const int64_t threads = torch::stable::get_num_threads(), panels = divide(N, code.panel), blocks = blocks_of(M, 1);
+  return 4 * divide(panels, threads) * blocks <= 5 * divide(blocks, threads) * panels;
 }
 
 FewRows few_rows(const Matrix& b) {
@@ -262,15 +267,17 @@ Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const 
   return sizes;
 }
 
-// The two products of every MLP of few rows.
+// The two products of MLPs of few rows, until they are run.
 struct Few {
   std::vector<FewRows> first, second;
+  int64_t rows = 0;
 
   // a: M x H.
   void add(const Mlp& work, const FewRows& w1, const FewRows& w2, float* a) {
     first.push_back(with(w1, work.x, work.M, work.b1, work.h ? work.h : a));
     first.back().gelu_of = a;
     second.push_back(with(w2, a, work.M, work.b2, work.y));
+    rows += work.M;
   }
 
   void add(const MlpGradient& work, const FewRows& w1, const FewRows& w2) {
@@ -279,9 +286,10 @@ struct Few {
     if (work.grad_x) second.push_back(with(w1, work.grad_h, work.M, nullptr, work.grad_x));
   }
 
-  void run(const Code& code) const {
+  void run(const Code& code) {
     multiply(first, code);
     multiply(second, code);
+    *this = Few{};
   }
 };
 
@@ -293,11 +301,10 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
   const float* first_bias = numbers_of_bias(b1, "b1", {E, H});
   const float* second_bias = numbers_of_bias(b2, "b2", {E, C_out});
   Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, H});
-  const int64_t narrowest = std::min(H, C_out);
+  const int64_t narrowest = std::min(H, C_out) * E;
   int64_t rows_of_few = 0;
   for (int64_t count : counts) rows_of_few += are_few(count, narrowest, code) ? count : 0;
-  Tensor a = empty(x, {rows_of_few, H});
-  float* next = numbers_of(a);
+  Tensor a = empty(x, {std::min(rows_of_few, kTogether), H});
   Few few;
   Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(H, C_out, code)});
   for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
@@ -307,8 +314,8 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
              first_bias ? first_bias + expert * H : nullptr, second_bias ? second_bias + expert * C_out : nullptr,
              keep ? numbers_of(h) + row * H : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0};
     if (are_few(work.M, narrowest, code)) {
-      few.add(work, few_rows(first), few_rows(second), next);
-      next += work.M * H;
+      if (few.rows + work.M > a.size(0)) few.run(code);
+      few.add(work, few_rows(first), few_rows(second), numbers_of(a) + few.rows * H);
       continue;
     }
     work.w1 = pack(first, packed1, code);
@@ -366,7 +373,7 @@ void input_gradients(std::vector<MlpGradient>& works, const Sizes& sizes, const 
     MlpGradient& work = works[expert];
     const Matrix first = sizes.first(w1, expert, false), second = sizes.second(w2, expert, false);
     if (work.M == 0) continue;
-    if (are_few(work.M, std::min(H, C), code)) {
+    if (are_few(work.M, std::min(H, C) * E, code)) {
       few.add(work, few_rows(first), few_rows(second));
       continue;
     }
@@ -419,6 +426,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
 
 STABLE_TORCH_LIBRARY(swin_linear, m) {
   m.def("lanes(Tensor like) -> int");
+  m.def("version(Tensor like) -> int");
   m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
   m.def("pack(Tensor weight, int lanes=0) -> Tensor");
   m.def("forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0) -> Tensor");
@@ -436,6 +444,7 @@ STABLE_TORCH_LIBRARY(swin_linear, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
   m.impl("lanes", TORCH_BOX(&swin::lanes_of));
+  m.impl("version", TORCH_BOX(&swin::version_of));
   m.impl("forward", TORCH_BOX(&swin::forward));
   m.impl("pack", TORCH_BOX(&swin::pack_weight));
   m.impl("forward_packed", TORCH_BOX(&swin::forward_packed));
