@@ -7,7 +7,7 @@ are met or missed.
 
 python benchmarks/gpu.py --minutes 30           # more time for what is compiled
 python benchmarks/gpu.py --only 'compiled*'     # some steps again
-python benchmarks/gpu.py --quick                # see that every step runs, on any machine, in small
+python benchmarks/gpu.py --quick                # see that every step runs, on any machine, in small; to output/quick
 """
 
 import argparse
@@ -191,7 +191,7 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, help="folder of the tables; benchmarks/results, of --quick output/quick")
     parser.add_argument("--minutes", type=float, default=10, help="for all steps together")
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of steps' names, such as 'eager*'")
     parser.add_argument("--quick", action="store_true", help="small settings, to see that the steps run")
@@ -203,7 +203,9 @@ def main() -> None:
     ]
     if not steps:
         parser.error(f"--only {' '.join(args.only)}: choose from {', '.join(step.name for step in STEPS)}")
-    output = args.output.resolve()
+    # What is measured in small must not take the place of a real table.
+    output = args.output or ROOT / ("output/quick" if args.quick else "benchmarks/results")
+    output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     outcomes = run_all(steps, output, args.minutes)
     sys.stdout.write("\n" + (output / "gpu.md").read_text())
