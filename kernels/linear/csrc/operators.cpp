@@ -267,6 +267,15 @@ Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const 
   return sizes;
 }
 
+// An MLP's pass of many rows, block by block.
+template <typename Work>
+void run_packed(void (*run)(const Work&, int64_t, int64_t), Work work, const float* w1, const float* w2) {
+  work.w1 = w1;
+  work.w2 = w2;
+  work.blocks = blocks_of(work.M, work.H);
+  hand_out(run, work, work.blocks);
+}
+
 // The two products of MLPs of few rows, until they are run.
 struct Few {
   std::vector<FewRows> first, second;
@@ -310,18 +319,16 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
   for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
     if (counts[expert] == 0) continue;
     const Matrix first = sizes.first(w1, expert, true), second = sizes.second(w2, expert, true);
-    Mlp work{numbers(x) + row * C, nullptr, nullptr,
-             first_bias ? first_bias + expert * H : nullptr, second_bias ? second_bias + expert * C_out : nullptr,
-             keep ? numbers_of(h) + row * H : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0};
+    const Mlp work{
+        numbers(x) + row * C, nullptr, nullptr,
+        first_bias ? first_bias + expert * H : nullptr, second_bias ? second_bias + expert * C_out : nullptr,
+        keep ? numbers_of(h) + row * H : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0};
     if (are_few(work.M, narrowest, code)) {
       if (few.rows + work.M > a.size(0)) few.run(code);
       few.add(work, few_rows(first), few_rows(second), numbers_of(a) + few.rows * H);
       continue;
     }
-    work.w1 = pack(first, packed1, code);
-    work.w2 = pack(second, packed2, code);
-    work.blocks = blocks_of(work.M, H);
-    hand_out(code.mlp, work, work.blocks);
+    run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code));
   }
   few.run(code);
   return {y, h};
@@ -336,16 +343,15 @@ Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, cons
   check(w2, "packed w2", packed_sizes(C_out, H));
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C_out});
   Tensor y = empty(x, {M, C_out});
-  const Mlp work{numbers(x), numbers(w1), numbers(w2), first_bias, second_bias, nullptr,
-                 numbers_of(y), M, C, H, C_out, blocks_of(M, H)};
+  const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C_out, 0};
   const Code& code = choose(lanes);
   if (are_few(M, std::min(H, C_out), code)) {
     Tensor a = empty(x, {M, H});
     Few few;
-    few.add(work, few_rows(work.w1, H, C), few_rows(work.w2, C_out, H), numbers_of(a));
+    few.add(work, few_rows(numbers(w1), H, C), few_rows(numbers(w2), C_out, H), numbers_of(a));
     few.run(code);
   } else {
-    hand_out(code.mlp, work, work.blocks);
+    run_packed(code.mlp, work, numbers(w1), numbers(w2));
   }
   return y;
 }
@@ -364,23 +370,20 @@ void add_rows(const float* rows, int64_t count, int64_t columns, float* sums) {
 }
 
 // Before GELU and before the first product, expert by expert.
-void input_gradients(std::vector<MlpGradient>& works, const Sizes& sizes, const Tensor& w1, const Tensor& w2,
+void input_gradients(const std::vector<MlpGradient>& works, const Sizes& sizes, const Tensor& w1, const Tensor& w2,
                      const Code& code) {
   const auto [M, E, C, H, C_out, _] = sizes;
   Tensor packed1 = empty(w1, {packed_size(H, C, code)}), packed2 = empty(w1, {packed_size(H, C_out, code)});
   Few few;
   for (int64_t expert = 0; expert < E; ++expert) {
-    MlpGradient& work = works[expert];
+    const MlpGradient& work = works[expert];
     const Matrix first = sizes.first(w1, expert, false), second = sizes.second(w2, expert, false);
     if (work.M == 0) continue;
     if (are_few(work.M, std::min(H, C) * E, code)) {
       few.add(work, few_rows(first), few_rows(second));
       continue;
     }
-    work.w1 = pack(first, packed1, code);
-    work.w2 = pack(second, packed2, code);
-    work.blocks = blocks_of(work.M, H);
-    hand_out(code.mlp_gradient, work, work.blocks);
+    run_packed(code.mlp_gradient, work, pack(first, packed1, code), pack(second, packed2, code));
   }
   few.run(code);
 }
