@@ -16,10 +16,7 @@ inline void map_strip(int64_t rows, int64_t columns, const float* from, int64_t 
     int64_t j = 0;
     for (; j + LANES <= columns; j += LANES) store(to + j, f(load(from + j), load(to + j)));
     if (j == columns) continue;
-    Vector x = {}, y = {};
-    __builtin_memcpy(&x, from + j, (columns - j) * sizeof(float));
-    __builtin_memcpy(&y, to + j, (columns - j) * sizeof(float));
-    y = f(x, y);
+    const Vector y = f(load_some(from + j, columns - j), load_some(to + j, columns - j));
     __builtin_memcpy(to + j, &y, (columns - j) * sizeof(float));
   }
 }
@@ -38,11 +35,16 @@ void pack(const Packing& work, int64_t begin, int64_t end) {
                work.N - n < kPanel ? work.N - n : kPanel, work.packed + n * work.K);
 }
 
+inline Vector same(Vector x) { return x; }
+
 void product(const Product& work, int64_t begin, int64_t end) {
+  Scratch scratch(tiles_size(most_rows(work.M, work.blocks), work.K), 1);
+  float* a = scratch.take(tiles_size(most_rows(work.M, work.blocks), work.K));
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = first_row(work.M, work.blocks, block);
-    multiply_packed(first_row(work.M, work.blocks, block + 1) - row, work.N, work.K, work.a + row * work.K, work.K,
-                    work.b, work.bias, work.c + row * work.N, work.N, [](int64_t, int64_t) {});
+    const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
+    pack_tiles(rows, work.K, work.a + row * work.K, work.K, a, tile_size(work.K), same);
+    multiply_packed(rows, work.N, work.K, a, work.b, work.bias, work.c + row * work.N, work.N);
   }
 }
 
@@ -62,7 +64,8 @@ void few_rows(const FewRows& work, int64_t begin, int64_t end) {
         pack_panel(from, work.b_term, work.b_column, terms, columns, packed);
         panel = packed;
       }
-      multiply_rows(M, columns, work.a + k, K, panel, terms, k ? c : work.bias ? work.bias + n : nullptr, k ? N : 0, c, N);
+      multiply_rows<Left::kRows>(M, columns, work.a + k, K, panel, terms, k ? c : work.bias ? work.bias + n : nullptr,
+                                 k ? N : 0, c, N);
     }
     if (work.gelu_of)
       map_strip(M, columns, c, N, work.gelu_of + n, N, [](Vector x, Vector) { return gelu(x); });
@@ -72,61 +75,59 @@ void few_rows(const FewRows& work, int64_t begin, int64_t end) {
 }
 
 void mlp(const Mlp& work, int64_t begin, int64_t end) {
-  const int64_t a_row = work.H + kPanel;  // not a multiple of 4 KiB: a tile's rows would share places in the cache
-  const int64_t numbers = most_rows(work.M, work.blocks) * a_row;
-  Scratch scratch(numbers, 1);
-  float* a = scratch.take(numbers);
+  const int64_t most = most_rows(work.M, work.blocks);
+  const int64_t of_x = tiles_size(most, work.C), of_a = tiles_size(most, work.H), of_strip = most * kPanel;
+  Scratch scratch(of_x + of_a + of_strip, 3);
+  float *x = scratch.take(of_x), *a = scratch.take(of_a), *strip = scratch.take(of_strip);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = first_row(work.M, work.blocks, block);
     const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
-    float* h = work.h ? work.h + row * work.H : a;
-    const int64_t h_row = work.h ? work.H : a_row;
-    multiply_packed(rows, work.H, work.C, work.x + row * work.C, work.C, work.w1, work.b1, h, h_row,
-                    [&](int64_t n, int64_t columns) {
-                      map_strip(rows, columns, h + n, h_row, a + n, a_row, [](Vector x, Vector) { return gelu(x); });
+    pack_tiles(rows, work.C, work.x + row * work.C, work.C, x, tile_size(work.C), same);
+    const int64_t h_row = work.h ? work.H : kPanel;
+    multiply_strips(rows, work.H, work.C, x, work.w1, work.b1, work.h ? work.h + row * work.H : strip, h_row,
+                    work.h ? kPanel : 0, [&](int64_t n, int64_t columns, const float* h) {
+                      pack_tiles(rows, columns, h, h_row, a + n * TILE, tile_size(work.H), gelu);
                     });
-    multiply_packed(rows, work.C_out, work.H, a, a_row, work.w2, work.b2, work.y + row * work.C_out, work.C_out,
-                    [](int64_t, int64_t) {});
+    multiply_packed(rows, work.C_out, work.H, a, work.w2, work.b2, work.y + row * work.C_out, work.C_out);
   }
 }
 
 void mlp_gradient(const MlpGradient& work, int64_t begin, int64_t end) {
+  const int64_t most = most_rows(work.M, work.blocks);
+  const int64_t of_grad = tiles_size(most, work.C_out), of_h = work.grad_x ? tiles_size(most, work.H) : 0;
+  Scratch scratch(of_grad + of_h, 2);
+  float *grad = scratch.take(of_grad), *tiles = scratch.take(of_h);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = first_row(work.M, work.blocks, block);
     const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
     const float* h = work.h + row * work.H;
-    float* grad_h = work.grad_h + row * work.H;
-    multiply_packed(rows, work.H, work.C_out, work.grad + row * work.C_out, work.C_out, work.w2, nullptr, grad_h, work.H,
-                    [&](int64_t n, int64_t columns) {
-                      map_strip(rows, columns, h + n, work.H, grad_h + n, work.H,
+    pack_tiles(rows, work.C_out, work.grad + row * work.C_out, work.C_out, grad, tile_size(work.C_out), same);
+    multiply_strips(rows, work.H, work.C_out, grad, work.w2, nullptr, work.grad_h + row * work.H, work.H, kPanel,
+                    [&](int64_t n, int64_t columns, float* grad_h) {
+                      map_strip(rows, columns, h + n, work.H, grad_h, work.H,
                                 [](Vector x, Vector grad) { return grad * gelu_slope(x); });
+                      if (work.grad_x)
+                        pack_tiles(rows, columns, grad_h, work.H, tiles + n * TILE, tile_size(work.H), same);
                     });
     if (work.grad_x)
-      multiply_packed(rows, work.C, work.H, grad_h, work.H, work.w1, nullptr, work.grad_x + row * work.C, work.C,
-                      [](int64_t, int64_t) {});
+      multiply_packed(rows, work.C, work.H, tiles, work.w1, nullptr, work.grad_x + row * work.C, work.C);
   }
 }
 
 constexpr int64_t kRows = 256;  // whose columns are packed at once, for the gradient of a weight
 
-// Columns of a matrix, or of its GELU, as the rows of tiles: of a tile all terms, of a term its TILE rows in a vector.
-// Adds terms to sums, a vector for each tile.
-inline void pack_tiles(const float* from, int64_t row, int64_t terms, int64_t columns, bool of_gelu, float* to,
-                       float* sums) {
+// Columns of a matrix, or of its GELU, as the rows of tiles. Adds terms to sums, a vector for each tile.
+inline void pack_columns(const float* from, int64_t row, int64_t terms, int64_t columns, bool of_gelu, float* tiles,
+                         float* sums) {
   constexpr int64_t kNear = 8;  // rows that are read together: the first cache holds them
   for (int64_t begin = 0; begin < terms; begin += kNear) {
     const int64_t end = begin + kNear < terms ? begin + kNear : terms;
     for (int64_t n = 0, tile = 0; n < columns; n += TILE, ++tile) {
       Vector sum = load(sums + tile * LANES);
       for (int64_t k = begin; k < end; ++k) {
-        const float* part = from + k * row + n;
-        Vector x = {};
-        if (n + LANES <= columns)
-          x = load(part);
-        else
-          __builtin_memcpy(&x, part, (columns - n) * sizeof(float));
+        Vector x = load_some(from + k * row + n, columns - n);
         if (of_gelu) x = gelu(x);
-        store(to + (tile * terms + k) * LANES, x);
+        store(tiles + tile * tile_size(terms) + k * TILE, x);
         sum += x;
       }
       store(sums + tile * LANES, sum);
@@ -136,8 +137,8 @@ inline void pack_tiles(const float* from, int64_t row, int64_t terms, int64_t co
 
 void weight_gradient(const WeightGradient& work, int64_t begin, int64_t end) {
   const int64_t N = work.N, K = work.K, tiles = (N + TILE - 1) / TILE, most = (tiles + work.groups - 1) / work.groups;
-  Scratch scratch(most * (kRows + 1) * LANES + kRows * kPanel, 3);
-  float *rows = scratch.take(most * kRows * LANES), *panel = scratch.take(kRows * kPanel);
+  Scratch scratch(most * (tile_size(kRows) + LANES) + kRows * kPanel, 3);
+  float *tiles_of_a = scratch.take(most * tile_size(kRows)), *panel = scratch.take(kRows * kPanel);
   float* sums = scratch.take(most * LANES);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t part = unit / work.groups, group = unit % work.groups;
@@ -149,18 +150,15 @@ void weight_gradient(const WeightGradient& work, int64_t begin, int64_t end) {
     __builtin_memset(sums, 0, most * LANES * sizeof(float));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t m = from + chunk * count / chunks, terms = from + (chunk + 1) * count / chunks - m;
-      pack_tiles(work.a + m * N + first, N, terms, last - first, work.gelu_a, rows, sums);
+      pack_columns(work.a + m * N + first, N, terms, last - first, work.gelu_a, tiles_of_a, sums);
       for (int64_t k = 0; k < K; k += kPanel) {
         const int64_t columns = K - k < kPanel ? K - k : kPanel;
         pack_panel(work.b + m * K + k, K, 1, terms, columns, panel);
         if (work.gelu_b)
           for (int64_t j = 0; j < terms * kPanel; j += LANES) store(panel + j, gelu(load(panel + j)));
-        const float* tile = rows;
-        for (int64_t n = first; n < last; n += TILE, tile += terms * LANES) {
-          float* to = c + n * K + k;
-          multiply_some(last - n < TILE ? last - n : TILE, columns, tile, 1, LANES, panel, terms,
-                        chunk ? to : nullptr, K, to, K);
-        }
+        float* to = c + first * K + k;
+        multiply_rows<Left::kTiles>(last - first, columns, tiles_of_a, tile_size(terms), panel, terms,
+                                    chunk ? to : nullptr, K, to, K);
       }
     }
     for (int64_t n = first; n < last; ++n)
