@@ -14,40 +14,72 @@ inline void store(float* to, Vector x) { __builtin_memcpy(to, &x, sizeof x); }
 
 inline Vector all(float x) { return x - Vector{}; }  // less zero is the same number: compilers drop it
 
+// total += *x y, of row r of a product: its number x, and some vectors of the other side. Every other row's vectors of 16
+// take the number from memory on their own: the compiler would load it once for them, one more instruction, which with
+// another program on the core's sibling thread costs more; with all rows doing so the loads would. The others must be
+// fused too, as the build's flags have it: which row a number is in must make no difference.
+template <int C>
+inline void add_products([[maybe_unused]] int r, Vector (&total)[C], const float* x, const Vector (&y)[C]) {
+#if LANES == 16
+  if (r % 2 == 0) {
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) asm("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(total[j]) : "m"(*x), "v"(y[j]));
+    return;
+  }
+#endif
+  const Vector same = all(*x);
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) total[j] += same * y[j];
+}
+
 inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
 
+// One number of a vector's all, by exchanging ever smaller halves.
+#ifdef __clang__  // it has no shuffles of vectors of any length
+template <typename F>
+inline float reduce(Vector x, F f) {
+  for (int i = 1; i < LANES; ++i) x[0] = f(all(x[0]), all(x[i]))[0];
+  return x[0];
+}
+#else
+template <int32_t HALF = LANES / 2, typename F>
+inline float reduce(Vector x, F f) {
+  if constexpr (HALF == 0) {
+    return x[0];
+  } else {
+    Bits other;
+    for (int32_t i = 0; i < LANES; ++i) other[i] = i ^ HALF;
+    return reduce<HALF / 2>(f(x, __builtin_shuffle(x, other)), f);
+  }
+}
+#endif
+
 inline float largest(Vector x) {
-  float highest = x[0];
-  for (int i = 1; i < LANES; ++i) highest = x[i] > highest ? x[i] : highest;
-  return highest;
+  return reduce(x, [](Vector a, Vector b) { return larger(a, b); });
 }
 
 inline float sum(Vector x) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += x[i];
-  return total;
+  return reduce(x, [](Vector a, Vector b) { return a + b; });
 }
 
-// exp(x) for x <= 0, to 2e-7; 0 below -86, where floats end; NaN stays NaN.
-// x = n ln 2 + r with a whole n and |r| <= ln 2 / 2; exp(r) is its Taylor polynomial, 2^n an addition to the exponent.
+// exp(x) for x <= 0, to 2e-7; 0 below -87.7, near which normal floats end; NaN stays NaN.
+// x = n ln 2 + r with a whole n and |r| <= ln 2 / 2; of exp(r) a polynomial, fitted to 1e-7; times 2^n, by its exponent.
 inline Vector exponential(Vector x) {
-  const Vector bounded = larger(x, all(-86.0f));
+  const Vector bounded = larger(all(-88.0f), x);  // in this order NaN stays; n is -127 there, whose power is 0
   const Vector shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the last bits hold n
   const Vector n = shifted - 12582912.0f;
   const Vector r = bounded - n * 0.693145752f - n * 1.42860677e-6f;
-  Vector y = r * (1.0f / 5040) + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
+  Vector y = r * 0.008290306f + 0.041897975f;
+  y = y * r + 0.16667637f;
+  y = y * r + 0.4999915f;
+  y = y * r + 0.9999997f;
   y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  Bits bits, power;
-  __builtin_memcpy(&bits, &y, sizeof bits);
-  __builtin_memcpy(&power, &shifted, sizeof power);
-  bits += power << 23;
-  __builtin_memcpy(&y, &bits, sizeof y);
-  return x < -86.0f ? Vector{} : (x == x ? y : x);
+  Bits bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  Vector power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return y * power;
 }
 
 // LANES x LANES numbers, rows to columns, by exchanging ever larger blocks of two rows.

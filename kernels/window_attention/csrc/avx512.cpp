@@ -7,7 +7,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define SET avx512
 #define LANES 16
-#define ROWS 8
+#define ROWS 7
 #include "windows.h"
 
 namespace swin {

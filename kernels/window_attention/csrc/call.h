@@ -10,6 +10,8 @@ namespace swin {
 // B maps of H x W tokens in image order, C = heads * width channels; windows of N = h * w tokens that begin `down` and
 // `right` of a map's corner and wrap around its edges. Sides that are no multiple of a window's are padded.
 struct Call {
+  static constexpr int64_t kMostTokens = 24 * 24, kWidest = 128;  // of a window, of a head
+
   const void* qkv;            // B, H, W, 3 C; of the call's type of elements, as are grad, out and grad_qkv
   const float* bias;          // heads, N, columns; -inf beyond N
   const float* logit_scale;   // heads, for cosine attention; else null

@@ -42,6 +42,8 @@ Call make_call(Inputs& in, const MaybeTensor& logit_scale, int64_t heads, const 
   require(window.size() == 2 && std::min(window[0], window[1]) > 0, "window must be two positive numbers");
   require(shift.size() == 2 && std::min(shift[0], shift[1]) >= 0 && shift[0] < window[0] && shift[1] < window[1],
           "shift must be two numbers within the window");
+  require(window[0] * window[1] <= Call::kMostTokens, "a window must have 576 tokens or fewer");
+  require(qkv.size(3) / (3 * heads) <= Call::kWidest, "heads must be 128 channels wide or fewer");
   Call call{};
   call.H = qkv.size(1);
   call.W = qkv.size(2);

@@ -28,6 +28,10 @@ inline void from_float(float x, BFloat16& y) {  // to the nearest, ties to even;
   y.bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Numbers from a row to the next, of heads' channels and of scores: constants for products, as many as there can be and a
+// vector more, since rows a power of two apart would share few sets of a cache.
+constexpr int64_t kHeadRow = Call::kWidest + LANES, kScoreRow = Call::kMostTokens + LANES;
+
 inline int64_t whole_vectors(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // Where a window's tokens lie on their map.
@@ -90,21 +94,23 @@ inline float normalize(float* row, int64_t count, float eps) {
 // Rows of a window's tokens, `first` channels into each token's `stride`; zeros for padding.
 template <typename T>
 inline void gather(const T* map, const Window& window, int64_t begin, int64_t end, int64_t stride, int64_t first,
-                   int64_t width, float* rows, int64_t row_width) {
-  for (int64_t i = begin; i < end; ++i, rows += row_width) {
+                   int64_t width, float* rows) {
+  for (int64_t i = begin; i < end; ++i, rows += kHeadRow) {
     if (window.place[i] >= 0)
       read(map + window.place[i] * stride + first, rows, width);
     else
-      __builtin_memset(rows, 0, row_width * sizeof(float));
+      __builtin_memset(rows, 0, width * sizeof(float));
   }
 }
 
-// Asks for a token's channels ahead of `gather`: pieces of rows so far apart are not fetched ahead by themselves.
+// Asks for a token's channels ahead of `gather`: pieces of rows so far apart are not fetched ahead by themselves. Into the
+// second cache, for in the first rows that are so far apart share few sets, and push each other out.
 template <typename T>
 inline void fetch(const T* map, int64_t place, int64_t stride, int64_t first, int64_t width) {
   if (place < 0) return;
   const char* from = reinterpret_cast<const char*>(map + place * stride + first);
-  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(from + byte, 0, 2);
 }
 
 // Turns a row of products into exponentials of its logits less the highest; gives their sum.
@@ -146,11 +152,12 @@ inline float factor_of(const Call& call, int64_t head) {
 template <typename T>
 void forward(const Call& call, int64_t begin, int64_t end) {
   const int64_t N = call.tokens(), D = call.width, C = call.heads * D, columns = call.columns, wide = whole_vectors(D);
-  const int64_t floats = 2 * (N + ROWS) * wide + D * columns + ROWS * columns;
+  const int64_t floats = 2 * (N + ROWS) * kHeadRow + D * columns + ROWS * kScoreRow;
   Scratch scratch(2 * window_floats(N, columns) + floats, 2 * kWindowPieces + 6);
   Window window = take_window(scratch, N, columns), next = take_window(scratch, N, columns);
-  float *q = scratch.take(ROWS * wide), *k = scratch.take(N * wide), *v = scratch.take(N * wide);
-  float *across = scratch.take(D * columns), *weights = scratch.take(ROWS * columns), *mixed = scratch.take(ROWS * wide);
+  float *q = scratch.take(ROWS * kHeadRow), *k = scratch.take(N * kHeadRow), *v = scratch.take(N * kHeadRow);
+  float *across = scratch.take(D * columns), *weights = scratch.take(ROWS * kScoreRow);
+  float* mixed = scratch.take(ROWS * kHeadRow);
   const T* qkv = static_cast<const T*>(call.qkv);
   T* out = static_cast<T*>(call.out);
   float totals[ROWS];
@@ -160,27 +167,28 @@ void forward(const Call& call, int64_t begin, int64_t end) {
     if (unit == begin || head == 0) std::swap(window, next);
     if (next_head == 0 && unit + 1 < end) locate(call, (unit + 1) / call.heads, next);
     const Window& ahead = next_head == 0 ? next : window;
-    gather(qkv, window, 0, N, 3 * C, C + head * D, D, k, wide);
-    gather(qkv, window, 0, N, 3 * C, 2 * C + head * D, D, v, wide);
+    gather(qkv, window, 0, N, 3 * C, C + head * D, D, k);
+    gather(qkv, window, 0, N, 3 * C, 2 * C + head * D, D, v);
     if (call.logit_scale)
-      for (int64_t j = 0; j < N; ++j) normalize(k + j * wide, wide, call.eps);
-    transpose(k, wide, N, D, across, columns);
+      for (int64_t j = 0; j < N; ++j) normalize(k + j * kHeadRow, wide, call.eps);
+    transpose(k, kHeadRow, N, D, across, columns);
     const float* bias = call.bias + head * N * columns;
     for (int64_t i = 0; i < N; i += ROWS) {
       const int64_t rows = N - i < ROWS ? N - i : ROWS;
-      gather(qkv, window, i, i + rows, 3 * C, head * D, D, q, wide);
+      gather(qkv, window, i, i + rows, 3 * C, head * D, D, q);
       if (call.logit_scale)
-        for (int64_t r = 0; r < rows; ++r) normalize(q + r * wide, wide, call.eps);
+        for (int64_t r = 0; r < rows; ++r) normalize(q + r * kHeadRow, wide, call.eps);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t part = 0; part < 3; ++part)
           fetch(qkv, ahead.place[i + r], 3 * C, part * C + next_head * D, D);
-      multiply(rows, columns, D, q, wide, 1, across, columns, weights, columns);
+      multiply<kHeadRow, 1>(rows, columns, D, q, across, columns, weights, kScoreRow);
       for (int64_t r = 0; r < rows; ++r)
-        totals[r] = soften(weights + r * columns, bias + (i + r) * columns, factor_of(call, head), i + r, window, columns);
-      multiply(rows, wide, N, weights, columns, 1, v, wide, mixed, wide);
+        totals[r] =
+            soften(weights + r * kScoreRow, bias + (i + r) * columns, factor_of(call, head), i + r, window, columns);
+      multiply<kScoreRow, 1>(rows, wide, N, weights, v, kHeadRow, mixed, kHeadRow);
       for (int64_t r = 0; r < rows; ++r)
         if (window.place[i + r] >= 0)
-          write(mixed + r * wide, 1.0f / totals[r], out + window.place[i + r] * C + head * D, D);
+          write(mixed + r * kHeadRow, 1.0f / totals[r], out + window.place[i + r] * C + head * D, D);
     }
   }
 }
@@ -193,7 +201,7 @@ inline float scatter(const Call& call, const Window& window, float* grads, const
   const int64_t D = call.width, stride = 3 * call.heads * D;
   T* to = static_cast<T*>(call.grad_qkv) + first;
   float along = 0;
-  for (int64_t i = 0; i < call.tokens(); ++i, grads += wide, units += wide) {
+  for (int64_t i = 0; i < call.tokens(); ++i, grads += kHeadRow, units += kHeadRow) {
     if (window.place[i] < 0) continue;
     float by = factor;
     if (inverses) {
@@ -210,13 +218,13 @@ inline float scatter(const Call& call, const Window& window, float* grads, const
 template <typename T>
 void backward(const Call& call, int64_t begin, int64_t end) {
   const int64_t N = call.tokens(), D = call.width, C = call.heads * D, columns = call.columns, wide = whole_vectors(D);
-  const int64_t floats = 5 * N * wide + 2 * D * columns + 2 * N * columns + 2 * N;
+  const int64_t floats = N * (5 * kHeadRow + 2 * kScoreRow + 2) + 2 * D * columns;
   Scratch scratch(2 * window_floats(N, columns) + floats, 2 * kWindowPieces + 11);
   Window window = take_window(scratch, N, columns), next = take_window(scratch, N, columns);
-  float *q = scratch.take(N * wide), *k = scratch.take(N * wide), *v = scratch.take(N * wide);
-  float *g = scratch.take(N * wide), *grads = scratch.take(N * wide);
+  float *q = scratch.take(N * kHeadRow), *k = scratch.take(N * kHeadRow), *v = scratch.take(N * kHeadRow);
+  float *g = scratch.take(N * kHeadRow), *grads = scratch.take(N * kHeadRow);
   float *k_across = scratch.take(D * columns), *v_across = scratch.take(D * columns);
-  float *weights = scratch.take(N * columns), *slopes = scratch.take(N * columns);
+  float *weights = scratch.take(N * kScoreRow), *slopes = scratch.take(N * kScoreRow);
   float *q_inverse = scratch.take(N), *k_inverse = scratch.take(N);
   const T *qkv = static_cast<const T*>(call.qkv), *grad = static_cast<const T*>(call.grad);
   const bool cosine = call.logit_scale != nullptr;
@@ -231,20 +239,20 @@ void backward(const Call& call, int64_t begin, int64_t end) {
     for (int64_t number = start; number < stop; ++number) {
       std::swap(window, next);
       locate(call, number + 1 < stop ? number + 1 : number, next);
-      gather(qkv, window, 0, N, 3 * C, first, D, q, wide);
-      gather(qkv, window, 0, N, 3 * C, C + first, D, k, wide);
-      gather(qkv, window, 0, N, 3 * C, 2 * C + first, D, v, wide);
-      gather(grad, window, 0, N, C, first, D, g, wide);
+      gather(qkv, window, 0, N, 3 * C, first, D, q);
+      gather(qkv, window, 0, N, 3 * C, C + first, D, k);
+      gather(qkv, window, 0, N, 3 * C, 2 * C + first, D, v);
+      gather(grad, window, 0, N, C, first, D, g);
       for (int64_t i = 0; cosine && i < N; ++i) {
-        q_inverse[i] = normalize(q + i * wide, wide, call.eps);
-        k_inverse[i] = normalize(k + i * wide, wide, call.eps);
+        q_inverse[i] = normalize(q + i * kHeadRow, wide, call.eps);
+        k_inverse[i] = normalize(k + i * kHeadRow, wide, call.eps);
       }
-      transpose(k, wide, N, D, k_across, columns);
-      transpose(v, wide, N, D, v_across, columns);
-      multiply(N, columns, D, q, wide, 1, k_across, columns, weights, columns);
-      multiply(N, columns, D, g, wide, 1, v_across, columns, slopes, columns);
+      transpose(k, kHeadRow, N, D, k_across, columns);
+      transpose(v, kHeadRow, N, D, v_across, columns);
+      multiply<kHeadRow, 1>(N, columns, D, q, k_across, columns, weights, kScoreRow);
+      multiply<kHeadRow, 1>(N, columns, D, g, v_across, columns, slopes, kScoreRow);
       for (int64_t i = 0; i < N; ++i) {
-        float *weight = weights + i * columns, *slope = slopes + i * columns;
+        float *weight = weights + i * kScoreRow, *slope = slopes + i * kScoreRow;
         for (int64_t part = 0; part < 3; ++part) fetch(qkv, next.place[i], 3 * C, part * C + first, D);
         fetch(grad, next.place[i], C, first, D);
         const float inverse = 1.0f / soften(weight, bias + i * columns, factor, i, window, columns);
@@ -256,11 +264,11 @@ void backward(const Call& call, int64_t begin, int64_t end) {
           store(grad_bias + i * columns + j, load(grad_bias + i * columns + j) + x);
         }
       }
-      multiply(N, wide, N, weights, 1, columns, g, wide, grads, wide);
+      multiply<1, kScoreRow>(N, wide, N, weights, g, kHeadRow, grads, kHeadRow);
       scatter<T>(call, window, grads, v, nullptr, 1.0f, 2 * C + first, wide);
-      multiply(N, wide, N, slopes, 1, columns, q, wide, grads, wide);
+      multiply<1, kScoreRow>(N, wide, N, slopes, q, kHeadRow, grads, kHeadRow);
       scatter<T>(call, window, grads, k, cosine ? k_inverse : nullptr, factor, C + first, wide);
-      multiply(N, wide, N, slopes, columns, 1, k, wide, grads, wide);
+      multiply<kScoreRow, 1>(N, wide, N, slopes, k, kHeadRow, grads, kHeadRow);
       call.grad_scale[unit] +=
           call.scale * scatter<T>(call, window, grads, q, cosine ? q_inverse : nullptr, factor, first, wide);
     }
