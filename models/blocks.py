@@ -11,8 +11,11 @@ import torch
 from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
+from kernels import linear as kernel
+
 from .attention import AttentionBase
 from .layers import (
+    Mlp,
     Pair,
     as_pair,
     check_tokens,
@@ -22,6 +25,7 @@ from .layers import (
     padded_resolution,
     window_mask,
 )
+from .linear import fuses_residual_mlp, is_hooked
 
 Resolution = tuple[int, int]
 
@@ -92,7 +96,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, resolution: Resolution | None = None) -> Tensor:
         x = x + self.drop_path(self.mix_tokens(self.norm1(x), self.resolve(x, resolution)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.mix_channels(x)
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """(B, L, C) to (B, L, C)."""
+        mlp = self.mlp
+        if type(mlp) is Mlp and not is_hooked(mlp):
+            parts = mlp.fc1, mlp.act, mlp.drop, mlp.fc2
+            if fuses_residual_mlp(x, self.norm2, self.drop_path, *parts):
+                return kernel.residual_mlp(x, self.norm2, mlp.fc1, mlp.fc2)
+        return x + self.drop_path(mlp(self.norm2(x)))
 
     def resolve(self, x: Tensor, resolution: Resolution | None) -> Resolution:
         resolution = resolution or self.input_resolution

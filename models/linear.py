@@ -1,11 +1,12 @@
-"""Linear layers in float32 on AMD's CPUs, for which PyTorch's default library was not made.
+"""Linear layers in float32 on CPUs on which something is faster than PyTorch's default library.
 
-Without AVX-512 it is this project's kernels, where they are built (kernels/linear): they come nearer to what the
-processor can do, and compute GELU, forward and backward, while its numbers are in the cache. With AVX-512 it is oneDNN,
-in half of the default's time. PyTorch has two ways to that. In training it is a 1x1 convolution of channels-last data,
-which is the same product, gradients included. In inference it is the operator that torch.compile uses, which has no
-gradient; it computes GELU on the way, and serves one thread as well, for which PyTorch does not give convolutions to
-oneDNN.
+On Intel's with AVX-512 and AMD's without, that is this project's kernels, where they are built (kernels/linear): they
+come nearer to what the processor can do, and compute GELU, forward and backward, while its numbers are in the cache. On
+AMD's with AVX-512, for which the default library was not made and on which nobody has measured the kernels, it is
+oneDNN, in half of the default's time. PyTorch has two ways to that. In training it is a 1x1 convolution of data whose
+channels come last, which is the same product, gradients included. In inference it is the operator that torch.compile
+uses, which has no gradient; it computes GELU on the way, and serves one thread as well, for which PyTorch does not give
+convolutions to oneDNN.
 """
 
 import platform
@@ -63,6 +64,23 @@ def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: 
         and _is_linear_gelu(fc1, act)
         and takes_kernel(x, fc1.weight, fc2.weight)
         and _is_enough(x, fc1.weight, LEAST_WORK_OF_MLP, _needs_grad(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias))
+    )
+
+
+def fuses_residual_mlp(
+    x: Tensor, norm: nn.Module, drop_path: nn.Module, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: nn.Module
+) -> bool:
+    """Whether ``x + drop_path(fc2(drop(act(fc1(norm(x))))))`` is one call of the kernels: in inference alone."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(norm) is nn.LayerNorm
+        and norm.normalized_shape == x.shape[-1:]
+        and norm.bias is not None
+        and not (is_hooked(norm) or is_hooked(drop_path) or (drop_path.training and type(drop_path) is not nn.Identity))
+        and fuses_mlp(x, fc1, act, drop, fc2)
+        and _is_plain(x, norm.weight)
+        and fc2.out_features == x.shape[-1]
+        and not _needs_grad(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     )
 
 
@@ -179,7 +197,7 @@ def takes_onednn() -> bool:
 
 
 def kernel_is_faster() -> bool:
-    """Whether this is an AMD CPU without AVX-512, the kernels are built, and derivatives are the usual ones.
+    """Whether the kernels are built, this is a CPU on which they were measured, and derivatives are the usual ones.
 
     In compiled models too, but not in exported ones, which other programs run.
     """
@@ -190,7 +208,7 @@ def kernel_is_faster() -> bool:
 
 @torch.compiler.assume_constant_result  # a compiler is not to look into it
 def _kernel_serves() -> bool:
-    return not kernel.PROBLEM and is_amd() and not has_avx512()
+    return not kernel.PROBLEM and is_amd() != has_avx512()
 
 
 def onednn_is_faster() -> bool:

@@ -23,7 +23,7 @@ from models import linear as module
 from models.experts import Experts
 from models.layers import Linear, Mlp
 from models.recomputation import RecomputingMlp
-from models.swin_transformer import SwinTransformer, WindowAttention
+from models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
 SOURCE = ROOT / "kernels" / "linear"
 TOLERANCE = 1e-5  # of a tensor's norm
@@ -54,7 +54,7 @@ def calls(operators, monkeypatch) -> list[str]:
         run = getattr(kernel, name)
         monkeypatch.setattr(kernel, name, lambda *args: seen.append(name) or run(*args))
 
-    for name in ("linear", "mlp", "experts"):
+    for name in ("linear", "mlp", "residual_mlp", "experts"):
         watch(name)
     return seen
 
@@ -111,7 +111,7 @@ def test_layers_are_those_of_float64(operators, rows, inputs, outputs, bias):
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    counts=st.lists(st.one_of(st.integers(0, 30), st.just(900)), min_size=1, max_size=4),
+    counts=st.lists(st.one_of(st.integers(0, 30), st.sampled_from([900, 1700])), min_size=1, max_size=4),
     channels=sizes,
     hidden=sizes,
     outputs=sizes,
@@ -166,6 +166,26 @@ def test_what_is_not_finite_shows_where_it_does_in_pytorch(operators, bad):
             results.append([y, *torch.autograd.grad(y, inputs, grad)])
         for ours, theirs in zip(*results, strict=True):
             assert torch.equal(ours.isfinite(), theirs.isfinite()), place
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.one_of(sizes, st.just(900)),
+    channels=sizes,
+    hidden=sizes,
+    eps=st.sampled_from([1e-5, 1e-2]),
+    biases=st.tuples(st.booleans(), st.booleans()),
+)
+def test_mlps_with_norm_and_residual_are_those_of_float64(operators, rows, channels, hidden, eps, biases):
+    torch.manual_seed(rows)
+    x, norm_weight, norm_bias = 3 * torch.randn(rows, channels) + 1, torch.randn(channels), torch.randn(channels)
+    w1, w2 = torch.randn(hidden, channels) / channels**0.5, torch.randn(channels, hidden)
+    b1, b2 = (torch.randn(n) if wanted else None for n, wanted in zip((hidden, channels), biases, strict=True))
+    parts = [part if part is None else part.double() for part in (x, norm_weight, norm_bias, w1, b1, w2, b2)]
+    normed = F.layer_norm(parts[0], (channels,), *parts[1:3], eps)
+    exact = parts[0] + F.linear(F.gelu(F.linear(normed, *parts[3:5])), *parts[5:])
+    for count in lanes(operators):
+        close(operators.residual_mlp(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, count), exact)
 
 
 @pytest.mark.parametrize("rows, channels", [(2000, 70), (300, 70), (300, 20)])
@@ -357,7 +377,7 @@ def test_opcheck(operators, bias):
         grad.sum().backward()
     torch.library.opcheck(compiled.mlp, (x, weight, b1, w2, b2))
     x, weight, w2 = (part.detach() for part in (x, weight, w2))
-    hidden, grad = torch.randn(6, 5), torch.randn(6, 3)
+    grad_h, grad, hidden = torch.randn(6, 5), torch.randn(6, 3), compiled.mlp(x, weight, None, w2, None)[1]
     torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None))
     torch.library.opcheck(compiled.pack_weight, (weight,))
     packed1, packed2 = compiled.pack_weight(weight), compiled.pack_weight(w2)
@@ -365,7 +385,7 @@ def test_opcheck(operators, bias):
     torch.library.opcheck(compiled.linear_packed, (x, packed1, b1, 5))
     torch.library.opcheck(compiled.mlp_packed, (x, packed1, b1, packed2, b2, 5, 3))
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(compiled.linear_backward, (hidden, x, weight, *needs))
+        torch.library.opcheck(compiled.linear_backward, (grad_h, x, weight, *needs))
         torch.library.opcheck(compiled.mlp_backward, (grad, x, hidden, weight, w2, *needs))
 
 
@@ -390,6 +410,43 @@ def test_hooks_see_what_is_between(calls, watched):
         seen.clear()
     layer(x)
     assert calls[-1] == "mlp"
+
+
+def small_block(**named) -> SwinTransformerBlock:
+    torch.manual_seed(0)
+    block = SwinTransformerBlock(24, (7, 7), 3, **{"window_size": 7, "drop_path": 0.5, **named})
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block.eval()
+
+
+def test_a_block_joins_norm_and_residual_to_its_mlp_in_inference(calls):
+    block, x = small_block(), torch.randn(2, 49, 24)
+    with torch.no_grad():
+        y = block(x)
+    assert calls[-1] == "residual_mlp"
+    calls.clear()
+    torch.testing.assert_close(y, block(x), atol=1e-5, rtol=1e-5)  # with gradients
+    assert "residual_mlp" not in calls
+    with torch.no_grad():
+        torch.manual_seed(1)
+        dropped = block.train()(x)
+        assert "residual_mlp" not in calls and not torch.allclose(dropped, y)
+        assert torch.isfinite(small_block(norm_layer=lambda dim: nn.LayerNorm(dim, bias=False))(x)).all()
+        assert torch.isfinite(small_block(norm_layer=lambda dim: nn.LayerNorm((49, dim)))(x)).all()
+        assert torch.isfinite(small_block(act_layer=nn.ReLU)(x)).all()
+    assert "residual_mlp" not in calls
+
+
+@pytest.mark.parametrize("watched", ["norm2", "drop_path", "mlp", "mlp.fc1", "mlp.act", "mlp.drop", "mlp.fc2"])
+def test_hooks_see_what_is_within_a_block(calls, watched):
+    block, x, seen = small_block(), torch.randn(2, 49, 24), []
+    with torch.no_grad():
+        expected = block(x)
+        calls.clear()
+        block.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+    assert seen and "residual_mlp" not in calls
 
 
 def test_dropout_and_other_activations_are_not_left_out(calls):
@@ -493,7 +550,7 @@ def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
         operators.mlp_packed(x, torch.zeros(64, 4), None, torch.zeros(33, 32), None, 33, 2)
     with pytest.raises(RuntimeError, match=r"grad must be contiguous float32 on the CPU, \(3, 2\)"):
         operators.backward(torch.zeros(3, 3), x, weight, True, True)
-    with pytest.raises(RuntimeError, match=r"h must be contiguous float32 on the CPU, \(3, 6\)"):
+    with pytest.raises(RuntimeError, match=r"h must be contiguous float32 on the CPU, \(3, 32\)"):
         arguments = (torch.zeros(3, 2), x, torch.zeros(3, 5), [3], torch.zeros(1, 6, 4), torch.zeros(1, 2, 6))
         operators.mlp_backward(*arguments, True, True, True)
 
@@ -533,10 +590,16 @@ def test_golden_models(calls, kind):
 
 @pytest.mark.parametrize(
     "amd, avx512, problem, takes",
-    [(True, False, "", True), (True, True, "", False), (False, False, "", False), (True, False, "not built", False)],
+    [
+        (True, False, "", True),
+        (False, True, "", True),
+        (True, True, "", False),
+        (False, False, "", False),
+        (True, False, "not built", False),
+    ],
 )
 def test_which_processors_take_them(calls, monkeypatch, amd, avx512, problem, takes):
-    """AMD's without AVX-512: on the others, nobody has measured them."""
+    """AMD's without AVX-512 and Intel's with it: on the others, nobody has measured them."""
     monkeypatch.setattr(module, "is_amd", lambda: amd)
     monkeypatch.setattr(module, "has_avx512", lambda: avx512)
     monkeypatch.setattr(kernel, "PROBLEM", problem)

@@ -7,12 +7,12 @@ the same bits for any number of threads. Second derivatives are PyTorch's.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import operators
 
 INSTALL = "pip install ./kernels/linear --no-build-isolation"
-VERSION = 2  # of the extension: weights for few rows are not copied first
+VERSION = 3  # of the extension: it has MLPs with norm and residual
 
 try:
     import swin_linear  # noqa: F401 - loads the operators
@@ -52,6 +52,13 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None)
     rows = _rows(x)
     weights = (part if part is None else part.unsqueeze(0) for part in (w1, b1, w2, b2))
     return _mlps(rows, [len(rows)], *weights, across=True).view(*x.shape[:-1], len(w2))
+
+
+def residual_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """``x + fc2(F.gelu(fc1(norm(x))))`` of float32 on a CPU, without gradients: (..., C) to (..., C)."""
+    parts = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    arguments = (part.contiguous() if isinstance(part, Tensor) else part for part in parts)
+    return torch.ops.swin_linear.residual_mlp(_rows(x), *arguments).view(x.shape)
 
 
 def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:

@@ -83,14 +83,17 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @torch.library.custom_op("swin::mlp", mutates_args=())
 def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(M, C), (H, C), (H,), (N, H) and (N,) to (M, N), and what GELU is of, (M, H)."""
+    """(M, C), (H, C), (H,), (N, H) and (N,) to (M, N), and what GELU is of, for `mlp_backward` alone.
+
+    That is M x H numbers in the kernels' order, and room up to a multiple of 32 columns.
+    """
     w1, b1, w2, b2 = (part if part is None else part.contiguous().unsqueeze(0) for part in (w1, b1, w2, b2))
     return torch.ops.swin_linear.mlp(x.contiguous(), [len(x)], w1, b1, w2, b2, True, True)
 
 
 @mlp.register_fake
 def _(x, w1, b1, w2, b2):
-    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], w1.shape[0])
+    return x.new_empty(x.shape[0], w2.shape[0]), x.new_empty(x.shape[0], (w1.shape[0] + 31) // 32 * 32)
 
 
 @torch.library.custom_op("swin::mlp_backward", mutates_args=())

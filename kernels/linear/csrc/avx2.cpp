@@ -13,7 +13,7 @@
 namespace swin {
 
 const Code kAvx2{LANES, avx2::kPanel, avx2::pack, avx2::product, avx2::few_rows, avx2::mlp,
-                 avx2::mlp_gradient, avx2::weight_gradient};
+                 avx2::mlp_gradient, avx2::weight_gradient, avx2::add_parts};
 
 }  // namespace swin
 #else

@@ -13,7 +13,7 @@
 namespace swin {
 
 const Code kAvx512{LANES, avx512::kPanel, avx512::pack, avx512::product, avx512::few_rows, avx512::mlp,
-                   avx512::mlp_gradient, avx512::weight_gradient};
+                   avx512::mlp_gradient, avx512::weight_gradient, avx512::add_parts};
 
 }  // namespace swin
 #else

@@ -1,5 +1,7 @@
 // The work of linear layers on a CPU, behind plain pointers, and the code of each instruction set that does it. All
-// numbers are floats, all matrices row by row. A packed matrix is in panels: see panels.h.
+// numbers are floats, all matrices row by row. A packed matrix is in panels: see panels.h. One in strips has all rows of
+// the first kPanel columns, then those of the next, so that what is computed strip by strip lies so in memory.
+// The last strip is as wide as the others; what it has beyond the last column means nothing.
 
 #pragma once
 
@@ -23,17 +25,26 @@ struct Product {
   int64_t M, N, K, blocks;  // of rows
 };
 
+// Layer norm of the rows of a left matrix before it is multiplied; none where weight is null.
+struct Norm {
+  const float *weight, *bias;  // as many as a row has
+  float eps;
+};
+
 // The same of few rows: a panel of b serves all of them while the cache holds it, and is packed only then.
-// With gelu_of also what GELU makes of c, M x N; with slope_of, M x N, c times GELU's slope there.
+// With gelu_of also what GELU makes of c, M x N; with slope_of, M x N in strips, c times GELU's slope there.
 struct FewRows {
   const float* a;
   const float* b;          // by its strides; packed before where b_term is 0
   int64_t b_term, b_column;
   const float* bias;       // N, or null
   float* c;
+  bool c_in_strips;
   float* gelu_of;          // or null; may be c
   const float* slope_of;   // or null
   int64_t M, N, K;
+  Norm norm;               // of a
+  const float* added;      // M x N, to c; or null
 };
 
 // An MLP of C, H and C_out channels: a = gelu(x w1 + b1), y = a w2 + b2. A block's a stays in the cache.
@@ -41,34 +52,45 @@ struct Mlp {
   const float* x;         // M x C
   const float *w1, *w2;   // packed
   const float *b1, *b2;   // or null
-  float* h;               // M x H: what gelu is of; or null
+  float* h;               // M x H in strips, of this instruction set: what gelu is of; or null
   float* y;               // M x C_out
   int64_t M, C, H, C_out, blocks;
+  Norm norm;              // of x
+  bool residual;          // adds x to y
 };
 
 // What its gradient grad (M x C_out) is before gelu and before the first product.
 struct MlpGradient {
   const float* grad;
-  const float* h;
+  const float* h;        // in strips, some rows of h_rows
   const float *w1, *w2;  // packed, as grad w2 and grad_h w1 take them
-  float* grad_h;         // M x H
+  float* grad_h;         // M x H in strips; of few rows row by row
   float* grad_x;         // M x C, or null
-  int64_t M, C, H, C_out, blocks;
+  int64_t M, C, H, C_out, blocks, h_rows;
 };
 
-// c (N x K) = a^T b and sums (N) of a's rows, of a or gelu(a), of b or gelu(b): the gradients of a weight and a bias, by
-// their layer's gradient and input. Over parts of the rows, part by part, so that threads make no difference.
+// c (N x K) = a^T b, b or gelu(b), and sums of the columns of both: the gradients of a weight and a bias, by the
+// layer's gradient and input. Over parts of the rows, part by part, so that threads make no difference.
 struct WeightGradient {
-  const float* a;     // M x N
-  const float* b;     // M x K
-  bool gelu_a, gelu_b;
-  float* c;           // parts, N, K
-  float* sums;        // parts, N
-  int64_t M, N, K, parts, groups;  // groups of the N columns
+  const float* a;  // M x N
+  const float* b;  // M x K; in strips, some rows of b_rows
+  bool b_in_strips, gelu_b, c_in_strips;
+  float* c;        // parts, each N x K, c_size apart
+  float* a_sums;   // parts, N
+  float* b_sums;   // parts, K
+  int64_t M, N, K, parts, groups, b_rows, c_size;  // groups of the K columns
+};
+
+// to = the sum of a matrix's parts, or its transpose.
+struct Parts {
+  const float* parts;  // count, each N x K in strips, `size` apart
+  float* to;           // N x K, or K x N
+  bool across;
+  int64_t N, K, count, size;
 };
 
 // Of units from begin to end. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part *
-// groups + group.
+// groups + group. Parts: strips.
 struct Code {
   int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel
@@ -78,6 +100,7 @@ struct Code {
   void (*mlp)(const Mlp& work, int64_t begin, int64_t end);
   void (*mlp_gradient)(const MlpGradient& work, int64_t begin, int64_t end);
   void (*weight_gradient)(const WeightGradient& work, int64_t begin, int64_t end);
+  void (*add_parts)(const Parts& work, int64_t begin, int64_t end);
 };
 
 // Each in a file of its own, compiled for that instruction set. Data alone: what asks the processor is compiled for any.

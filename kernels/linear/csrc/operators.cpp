@@ -1,162 +1,19 @@
-// The operators' schemas, their checks, and how their work is handed out. No result depends on the number of threads.
+// The operators' schemas and checks.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "call.h"
-#include "choose.h"
+#include "gradients.h"
 
 namespace swin {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Numbers = std::vector<int64_t>;
-using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t kRows = 192;            // of a block, at most
-constexpr int64_t kFewestRows = 24;       // at least, that make a panel worth fetching
-constexpr int64_t kFewRows = 512;         // for which packing a weight first costs more than it saves
-constexpr int64_t kTogether = 4096;       // rows of MLPs of few rows that are computed at once, at most
-constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's products: those that a cache holds
-constexpr int64_t kColumns = 192;         // of a group, whose rows of a weight's gradient are computed together
-constexpr int64_t kParts = 64;            // groups times parts of the rows, about
-constexpr int64_t kRowsOfPart = 768;      // at least
-constexpr int64_t kFewestUnits = 4;       // of a weight's gradient, for threads to share
-
-int64_t divide(int64_t count, int64_t by) { return (count + by - 1) / by; }
-
-const Code& choose(int64_t lanes) { return choose_code(kPlain, kAvx2, kAvx512, lanes); }
-
-const float* numbers(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
-float* numbers_of(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
-
-void check(const Tensor& x, const char* name, const Numbers& sizes) {
-  bool same = x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous();
-  std::string expected;
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || x.size(i) == sizes[i];
-  for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
-  require(same && x.scalar_type() == ScalarType::Float && x.device().is_cpu(),
-          std::string(name) + " must be contiguous float32 on the CPU, (" + expected + ")");
-}
-
-const float* numbers_of_bias(const MaybeTensor& bias, const char* name, const Numbers& sizes) {
-  if (!bias) return nullptr;
-  check(*bias, name, sizes);
-  return numbers(*bias);
-}
-
-Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::new_empty(like, sizes); }
 
 // Numbers of a vector, of the code that is chosen; the tensor says on which device.
 int64_t lanes_of(const Tensor&) { return choose(0).lanes; }
 
 // Raised where callers rely on what older builds do not have.
-int64_t version_of(const Tensor&) { return 2; }
-
-template <typename Work>
-void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
-  if (units > 0) torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { run(work, begin, end); });
-}
-
-// Blocks of rows, of each of which so many numbers are kept: as many for one thread as for the others. Results do not
-// depend on it, for no row depends on another.
-int64_t blocks_of(int64_t M, int64_t kept) {
-  const int64_t most = std::max(kFewestRows, std::min(kRows, kHidden / std::max<int64_t>(kept, 1)));
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::min(divide(divide(M, most), threads) * threads, divide(M, kFewestRows));
-}
-
-// A matrix of rows x columns, row by row, as the right side of a product: itself, or across, so that rows are columns.
-struct Matrix {
-  const float* data;
-  int64_t rows, columns;
-  bool across;
-};
-
-int64_t packed_size(int64_t rows, int64_t columns, const Code& code) {  // either way
-  return std::max(divide(rows, code.panel) * columns, divide(columns, code.panel) * rows) * code.panel;
-}
-
-Packing strides_of(const Matrix& matrix) {
-  if (matrix.across) return {matrix.data, 1, matrix.columns, matrix.columns, matrix.rows, nullptr};
-  return {matrix.data, matrix.columns, 1, matrix.rows, matrix.columns, nullptr};
-}
-
-const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
-  Packing work = strides_of(matrix);
-  work.packed = numbers_of(packed);
-  hand_out(code.pack, work, divide(work.N, code.panel));
-  return numbers(packed);
-}
-
-// Whether products of M rows and N columns, of all experts, are computed panel by panel, of b as it is. The thread with
-// most panels must not get much more of the work than that with most blocks of rows would. No result depends on it.
-bool are_few(int64_t M, int64_t N, const Code& code) {
-  if (M > kFewRows || M == 0) return false;
-  const int64_t threads = torch::stable::get_num_threads(), panels = divide(N, code.panel), blocks = blocks_of(M, 1);
-  return 4 * divide(panels, threads) * blocks <= 5 * divide(blocks, threads) * panels;
-}
-
-FewRows few_rows(const Matrix& b) {
-  const Packing strides = strides_of(b);
-  FewRows work{};
-  work.b = b.data;
-  work.b_term = strides.b_term;
-  work.b_column = strides.b_column;
-  work.N = strides.N;
-  work.K = strides.K;
-  return work;
-}
-
-FewRows few_rows(const float* packed, int64_t N, int64_t K) {
-  FewRows work{};
-  work.b = packed;
-  work.N = N;
-  work.K = K;
-  return work;
-}
-
-FewRows with(FewRows work, const float* a, int64_t M, const float* bias, float* c) {
-  work.a = a;
-  work.bias = bias;
-  work.c = c;
-  work.M = M;
-  return work;
-}
-
-// All at once: threads wait for each other only at the end.
-void multiply(const std::vector<FewRows>& works, const Code& code) {
-  Numbers ends;  // of each one's panels among all
-  for (const FewRows& work : works) ends.push_back((ends.empty() ? 0 : ends.back()) + divide(work.N, code.panel));
-  if (ends.empty()) return;
-  torch::stable::parallel_for(0, ends.back(), 1, [&](int64_t begin, int64_t end) {
-    for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; begin = ends[i++]) {
-      const int64_t first = i ? ends[i - 1] : 0;
-      code.few_rows(works[i], begin - first, std::min(end, ends[i]) - first);
-    }
-  });
-}
-
-void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
-  const int64_t M = a.size(0), N = c.size(1), K = a.size(1);
-  if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), numbers(a), M, bias, numbers_of(c))}, code);
-  const Product work{numbers(a), packed, bias, numbers_of(c), M, N, K, blocks_of(M, 1)};
-  hand_out(code.product, work, work.blocks);
-}
-
-void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
-  const int64_t M = a.size(0);
-  if (are_few(M, c.size(1), code)) return multiply({with(few_rows(b), numbers(a), M, bias, numbers_of(c))}, code);
-  Tensor packed = empty(a, {packed_size(b.rows, b.columns, code)});
-  multiply(a, pack(b, packed, code), bias, c, code);
-}
+int64_t version_of(const Tensor&) { return 3; }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
   const Code& code = choose(lanes);
@@ -169,9 +26,11 @@ Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, i
   return y;
 }
 
-constexpr int64_t kPadding = 32;  // a multiple of all panels: packed weights have one size for all instruction sets
+constexpr int64_t kPadding = 32;  // a multiple of all panels: what is in panels has one size for all instruction sets
 
-Numbers packed_sizes(int64_t N, int64_t K) { return {divide(N, kPadding) * kPadding, K}; }
+int64_t padded(int64_t N) { return divide(N, kPadding) * kPadding; }
+
+Numbers packed_sizes(int64_t N, int64_t K) { return {padded(N), K}; }
 
 Tensor pack_weight(const Tensor& weight, int64_t lanes) {
   check(weight, "weight", {-1, -1});
@@ -193,29 +52,6 @@ Tensor forward_packed(const Tensor& x, const Tensor& weight, const MaybeTensor& 
   return y;
 }
 
-// c and sums of what else `work` says; sums may be null.
-void weight_gradient(WeightGradient work, float* c, float* sums, const Tensor& like, const Code& code) {
-  work.parts = std::max<int64_t>(1, std::min(divide(kParts, divide(work.N, kColumns)), work.M / kRowsOfPart));
-  const int64_t groups = std::max(divide(work.N, kColumns), divide(kFewestUnits, work.parts));
-  work.groups = std::max<int64_t>(1, std::min(groups, divide(work.N, kColumns / kFewestUnits)));
-  const int64_t size = work.N * work.K;
-  Tensor parts = empty(like, {work.parts > 1 ? work.parts * size : 0});
-  std::vector<float> parts_of_sums(work.parts * work.N);
-  work.c = work.parts > 1 ? numbers_of(parts) : c;
-  work.sums = parts_of_sums.data();
-  hand_out(code.weight_gradient, work, work.parts * work.groups);
-  for (int64_t n = 0; sums && n < work.N; ++n) {
-    sums[n] = 0;
-    for (int64_t part = 0; part < work.parts; ++part) sums[n] += work.sums[part * work.N + n];
-  }
-  if (work.parts > 1 && size > 0)
-    torch::stable::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
-      std::copy(work.c + begin, work.c + end, c + begin);
-      for (int64_t part = 1; part < work.parts; ++part)
-        for (int64_t i = begin; i < end; ++i) c[i] += work.c[part * size + i];
-    });
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool needs_x,
                                             bool needs_weight, int64_t lanes) {
   const Code& code = choose(lanes);
@@ -228,8 +64,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   Tensor grad_b = empty(x, {needs_weight ? N : 0});
   if (needs_x) multiply(grad, Matrix{numbers(weight), N, K, false}, nullptr, grad_x, code);
   if (needs_weight)
-    weight_gradient({numbers(grad), numbers(x), false, false, nullptr, nullptr, M, N, K, 0, 0}, numbers_of(grad_w),
-                    numbers_of(grad_b), x, code);
+    PartedGradient(
+        {numbers(grad), numbers(x), false, false, M, N, K, numbers_of(grad_w), false, numbers_of(grad_b), nullptr}, x, code)
+        .run();
   return {grad_x, grad_w, grad_b};
 }
 
@@ -284,8 +121,11 @@ struct Few {
   // a: M x H.
   void add(const Mlp& work, const FewRows& w1, const FewRows& w2, float* a) {
     first.push_back(with(w1, work.x, work.M, work.b1, work.h ? work.h : a));
+    first.back().c_in_strips = work.h != nullptr;
     first.back().gelu_of = a;
+    first.back().norm = work.norm;
     second.push_back(with(w2, a, work.M, work.b2, work.y));
+    second.back().added = work.residual ? work.x : nullptr;
     rows += work.M;
   }
 
@@ -302,14 +142,25 @@ struct Few {
   }
 };
 
-std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2,
-                               const MaybeTensor& b2, bool across, bool keep, int64_t lanes) {
+// A single MLP, if its rows are few; else nothing is done.
+bool run_few(const Mlp& work, const FewRows& w1, const FewRows& w2, const Tensor& like, const Code& code) {
+  if (!are_few(work.M, std::min(work.H, work.C_out), code)) return false;
+  Tensor a = empty(like, {work.M, work.H});
+  Few few;
+  few.add(work, w1, w2, numbers_of(a));
+  few.run(code);
+  return true;
+}
+
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1, const MaybeTensor& b1,
+                               const Tensor& w2, const MaybeTensor& b2, bool across, bool keep, int64_t lanes) {
   const Code& code = choose(lanes);
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
   const float* first_bias = numbers_of_bias(b1, "b1", {E, H});
   const float* second_bias = numbers_of_bias(b2, "b2", {E, C_out});
-  Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, H});
+  Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, padded(H)});
+  if (padded(H) > H) std::fill_n(numbers_of(h), h.numel(), 0.0f);  // where nothing is written: the same in every run
   const int64_t narrowest = std::min(H, C_out) * E;
   int64_t rows_of_few = 0;
   for (int64_t count : counts) rows_of_few += are_few(count, narrowest, code) ? count : 0;
@@ -322,7 +173,8 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
     const Mlp work{
         numbers(x) + row * C, nullptr, nullptr,
         first_bias ? first_bias + expert * H : nullptr, second_bias ? second_bias + expert * C_out : nullptr,
-        keep ? numbers_of(h) + row * H : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0};
+        keep ? numbers_of(h) + row * padded(H) : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0, {},
+        false};
     if (are_few(work.M, narrowest, code)) {
       if (few.rows + work.M > a.size(0)) few.run(code);
       few.add(work, few_rows(first), few_rows(second), numbers_of(a) + few.rows * H);
@@ -343,49 +195,68 @@ Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, cons
   check(w2, "packed w2", packed_sizes(C_out, H));
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C_out});
   Tensor y = empty(x, {M, C_out});
-  const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C_out, 0};
+  const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C_out, 0, {}, false};
   const Code& code = choose(lanes);
-  if (are_few(M, std::min(H, C_out), code)) {
-    Tensor a = empty(x, {M, H});
-    Few few;
-    few.add(work, few_rows(numbers(w1), H, C), few_rows(numbers(w2), C_out, H), numbers_of(a));
-    few.run(code);
-  } else {
+  if (!run_few(work, few_rows(numbers(w1), H, C), few_rows(numbers(w2), C_out, H), x, code))
     run_packed(code.mlp, work, numbers(w1), numbers(w2));
-  }
   return y;
 }
 
-// Sums of columns, of parts of the rows at first, which loses less to rounding.
-void add_rows(const float* rows, int64_t count, int64_t columns, float* sums) {
-  constexpr int64_t kTogether = 256;
-  std::vector<float> part(columns);
-  std::fill_n(sums, columns, 0.0f);
-  for (int64_t begin = 0; begin < count; begin += kTogether) {
-    std::fill(part.begin(), part.end(), 0.0f);
-    for (int64_t i = begin; i < std::min(begin + kTogether, count); ++i)
-      for (int64_t j = 0; j < columns; ++j) part[j] += rows[i * columns + j];
-    for (int64_t j = 0; j < columns; ++j) sums[j] += part[j];
-  }
+// x plus an MLP of its layer norm, without gradients.
+Tensor residual_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& w1,
+                    const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2, int64_t lanes) {
+  check(x, "x", {-1, -1});
+  const int64_t M = x.size(0), C = x.size(1);
+  check(w1, "w1", {-1, C});
+  const int64_t H = w1.size(0);
+  check(w2, "w2", {C, H});
+  require(C > 0 && H > 0, "w1 and w2 must not be empty");
+  check(norm_weight, "norm_weight", {C});
+  check(norm_bias, "norm_bias", {C});
+  const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C});
+  Tensor y = empty(x, {M, C});
+  const Norm norm{numbers(norm_weight), numbers(norm_bias), static_cast<float>(eps)};
+  const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C, 0, norm, true};
+  const Code& code = choose(lanes);
+  const Matrix first{numbers(w1), H, C, true}, second{numbers(w2), C, H, true};
+  if (M == 0 || run_few(work, few_rows(first), few_rows(second), x, code)) return y;
+  Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(C, H, code)});
+  run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code));
+  return y;
 }
 
-// Before GELU and before the first product, expert by expert.
-void input_gradients(const std::vector<MlpGradient>& works, const Sizes& sizes, const Tensor& w1, const Tensor& w2,
-                     const Code& code) {
-  const auto [M, E, C, H, C_out, _] = sizes;
-  Tensor packed1 = empty(w1, {packed_size(H, C, code)}), packed2 = empty(w1, {packed_size(H, C_out, code)});
-  Few few;
-  for (int64_t expert = 0; expert < E; ++expert) {
-    const MlpGradient& work = works[expert];
-    const Matrix first = sizes.first(w1, expert, false), second = sizes.second(w2, expert, false);
-    if (work.M == 0) continue;
-    if (are_few(work.M, std::min(H, C) * E, code)) {
-      few.add(work, few_rows(first), few_rows(second));
-      continue;
-    }
-    run_packed(code.mlp_gradient, work, pack(first, packed1, code), pack(second, packed2, code));
+// Where the gradients of an expert's weights go.
+struct WeightGradients {
+  float *w1, *b1, *w2, *b2;
+};
+
+// The gradients of an MLP of many rows. to: null pointers where those of weights are not needed.
+void gradients_of_many(MlpGradient work, const float* x, const Matrix& w1, const Matrix& w2, bool across,
+                       const WeightGradients& to, const Tensor& like, const Code& code) {
+  const int64_t M = work.M, C = work.C, H = work.H, C_out = work.C_out;
+  Tensor packed1 = empty(like, {packed_size(H, C, code)}), packed2 = empty(like, {packed_size(H, C_out, code)});
+  const float *first_packed = pack(w1, packed1, code), *second_packed = pack(w2, packed2, code);
+  const auto of_first = [&](const float* grad_h) {
+    return PartedGradient({x, grad_h, true, false, M, C, H, to.w1, true, nullptr, to.b1}, like, code);
+  };
+  const auto of_second = [&] {
+    return PartedGradient({work.grad, work.h, true, true, M, C_out, H, to.w2, !across, to.b2, nullptr}, like, code);
+  };
+  const int64_t parts = PartedGradient::parts_of(M, C, H), threads = torch::stable::get_num_threads();
+  const bool shared_evenly = 4 * divide(parts, threads) * threads <= 5 * parts;
+  if (to.w1 && parts == PartedGradient::parts_of(M, C_out, H) && shared_evenly) {
+    PartedGradient first = of_first(nullptr), second = of_second();
+    work.w1 = first_packed;
+    work.w2 = second_packed;
+    gradients_by_parts(work, first, second, parts, code);
+    return;
   }
-  few.run(code);
+  Tensor grad_h = empty(like, {M * padded(H)});
+  work.grad_h = numbers_of(grad_h);
+  run_packed(code.mlp_gradient, work, first_packed, second_packed);
+  if (!to.w1) return;
+  of_first(work.grad_h).run();
+  of_second().run();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& h,
@@ -395,30 +266,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
   const Code& code = choose(lanes);
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
-  check(h, "h", {M, H});
+  check(h, "h", {M, padded(H)});
   check(grad, "grad", {M, C_out});
   const int64_t experts = needs_weights ? E : 0;
-  Tensor grad_h = empty(x, {M, H}), grad_x = empty(x, {needs_x ? M : 0, C});
+  Tensor grad_x = empty(x, {needs_x ? M : 0, C});
   Tensor grad_w1 = empty(x, {experts, H, C}), grad_b1 = empty(x, {experts, H});
   Numbers shape = sizes.w2();
   shape[0] = experts;
   Tensor grad_w2 = empty(x, shape), grad_b2 = empty(x, {experts, C_out});
+  const int64_t narrowest = std::min(H, C) * E;
+  int64_t rows_of_few = 0;
+  for (int64_t count : counts) rows_of_few += are_few(count, narrowest, code) ? count : 0;
+  Tensor grad_h = empty(x, {rows_of_few, H});
   std::vector<MlpGradient> works;
-  for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++])
-    works.push_back({numbers(grad) + row * C_out, numbers(h) + row * H, nullptr, nullptr, numbers_of(grad_h) + row * H,
-                     needs_x ? numbers_of(grad_x) + row * C : nullptr, counts[expert], C, H, C_out, 0});
-  input_gradients(works, sizes, w1, w2, code);
-  for (int64_t expert = 0, row = 0; expert < experts; row += counts[expert++]) {
+  Few few;
+  for (int64_t expert = 0, row = 0, row_of_few = 0; expert < E; row += counts[expert++]) {
+    works.push_back({numbers(grad) + row * C_out, numbers(h) + row * padded(H), nullptr, nullptr, nullptr,
+                     needs_x ? numbers_of(grad_x) + row * C : nullptr, counts[expert], C, H, C_out, 0, counts[expert]});
+    if (!are_few(counts[expert], narrowest, code)) continue;
+    works.back().grad_h = numbers_of(grad_h) + row_of_few * H;
+    few.add(works.back(), few_rows(sizes.first(w1, expert, false)), few_rows(sizes.second(w2, expert, false)));
+    row_of_few += counts[expert];
+  }
+  few.run(code);
+  for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
     const MlpGradient& work = works[expert];
     const float* from = numbers(x) + row * C;
-    float *to_w1 = numbers_of(grad_w1) + expert * H * C, *to_b1 = numbers_of(grad_b1) + expert * H;
-    float *to_w2 = numbers_of(grad_w2) + expert * H * C_out, *to_b2 = numbers_of(grad_b2) + expert * C_out;
-    weight_gradient({work.grad_h, from, false, false, nullptr, nullptr, work.M, H, C, 0, 0}, to_w1, to_b1, x, code);
-    if (across) {
-      weight_gradient({work.grad, work.h, false, true, nullptr, nullptr, work.M, C_out, H, 0, 0}, to_w2, to_b2, x, code);
-    } else {
-      weight_gradient({work.h, work.grad, true, false, nullptr, nullptr, work.M, H, C_out, 0, 0}, to_w2, nullptr, x, code);
-      add_rows(work.grad, work.M, C_out, to_b2);
+    WeightGradients to{};
+    if (needs_weights)
+      to = {numbers_of(grad_w1) + expert * H * C, numbers_of(grad_b1) + expert * H,
+            numbers_of(grad_w2) + expert * H * C_out, numbers_of(grad_b2) + expert * C_out};
+    if (work.M > 0 && !work.grad_h) {  // many
+      const Matrix first = sizes.first(w1, expert, false), second = sizes.second(w2, expert, false);
+      gradients_of_many(work, from, first, second, across, to, x, code);
+    } else if (needs_weights) {
+      PartedGradient({work.grad_h, from, false, false, work.M, H, C, to.w1, false, to.b1, nullptr}, x, code).run();
+      PartedGradient({work.grad, work.h, true, true, work.M, C_out, H, to.w2, !across, to.b2, nullptr}, x, code).run();
     }
   }
   return {grad_x, grad_w1, grad_b1, grad_w2, grad_b2};
@@ -434,6 +317,9 @@ STABLE_TORCH_LIBRARY(swin_linear, m) {
   m.def("pack(Tensor weight, int lanes=0) -> Tensor");
   m.def("forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0) -> Tensor");
   m.def("mlp_packed(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int H, int N, int lanes=0) -> Tensor");
+  m.def(
+      "residual_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor w1, Tensor? b1, Tensor w2, "
+      "Tensor? b2, int lanes=0) -> Tensor");
   m.def(
       "backward(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight, int lanes=0) -> "
       "(Tensor, Tensor, Tensor)");
@@ -452,6 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
   m.impl("pack", TORCH_BOX(&swin::pack_weight));
   m.impl("forward_packed", TORCH_BOX(&swin::forward_packed));
   m.impl("mlp_packed", TORCH_BOX(&swin::mlp_packed));
+  m.impl("residual_mlp", TORCH_BOX(&swin::residual_mlp));
   m.impl("backward", TORCH_BOX(&swin::backward));
   m.impl("mlp", TORCH_BOX(&swin::mlp));
   m.impl("mlp_backward", TORCH_BOX(&swin::mlp_backward));

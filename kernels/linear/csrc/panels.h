@@ -1,6 +1,7 @@
-// Products of matrices. The right one is in panels: kPanel columns each, of a panel all terms, of a term its columns, zeros
-// beyond the last. The left one is in tiles: TILE rows each, whose sums the registers hold, of a tile all terms, of a term
-// its rows, zeros below the last; so one address serves all rows, and what follows in memory is what comes next.
+// Products of matrices. The right one is packed in panels: kPanel columns each, of a panel all terms, of a term its
+// columns, zeros beyond the last. The left one is in tiles: TILE rows each, whose sums the registers hold, of a tile all
+// terms, of a term its rows, zeros below the last; so one address serves all rows, and what follows in memory is what
+// comes next.
 // No include guard, as of vector.h. Needs TILE.
 
 constexpr int64_t kPanel = 2 * LANES;
@@ -21,6 +22,13 @@ inline Vector load_some(const float* from, int64_t count) {
   return x;
 }
 
+inline void store_some(float* to, Vector x, int64_t count) {
+  if (count >= LANES)
+    store(to, x);
+  else
+    __builtin_memcpy(to, &x, count * sizeof(float));
+}
+
 // A panel of b, whose term k and column j lie at k * b_term + j * b_column.
 inline void pack_panel(const float* b, int64_t b_term, int64_t b_column, int64_t terms, int64_t columns, float* panel) {
   if (b_column == 1 && columns == kPanel) {
@@ -39,7 +47,8 @@ inline void pack_panel(const float* b, int64_t b_term, int64_t b_column, int64_t
     for (int64_t j = columns; j < kPanel; ++j) panel[k * kPanel + j] = 0;
 }
 
-// f of some columns of rows, as so many terms of their tiles, which are `size` apart.
+// f of some columns of rows, as so many terms of their tiles, which are `size` apart. f(x, row, column, count) gets up to
+// a vector's numbers of a row, zeros after them.
 template <typename F>
 inline void pack_tiles(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* tiles, int64_t size,
                        F f) {
@@ -50,7 +59,7 @@ inline void pack_tiles(int64_t rows, int64_t columns, const float* from, int64_t
       Vector block[LANES] = {};
 #pragma GCC unroll 16
       for (int64_t r = 0; r < TILE; ++r)
-        if (r < some) block[r] = f(load_some(from + r * from_row + k, terms));
+        if (r < some) block[r] = f(load_some(from + r * from_row + k, terms), i + r, k, terms);
       transpose_block(block);
 #pragma GCC unroll 16
       for (int64_t t = 0; t < LANES; ++t)  // what is beyond the tile's rows gives way to the next term
@@ -59,15 +68,10 @@ inline void pack_tiles(int64_t rows, int64_t columns, const float* from, int64_t
   }
 }
 
-// Whether the left matrix lies in tiles, or row by row.
-enum class Left { kTiles, kRows };
-
 // c (R x kPanel) = start + a panel; start null for zeros, start_row 0 for a row that serves all. c may be start.
-template <int R, Left LEFT>
-inline void multiply_panel(const float* a, int64_t a_row, const float* panel, int64_t terms, const float* start,
-                           int64_t start_row, float* c, int64_t c_row) {
-  constexpr int64_t a_term = LEFT == Left::kTiles ? TILE : 1;
-  if (LEFT == Left::kTiles) a_row = 1;
+template <int R>
+inline void multiply_panel(const float* tile, const float* panel, int64_t terms, const float* start, int64_t start_row,
+                           float* c, int64_t c_row) {
   Vector total[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -75,13 +79,9 @@ inline void multiply_panel(const float* a, int64_t a_row, const float* panel, in
     for (int j = 0; j < 2; ++j) total[r][j] = start ? load(start + r * start_row + j * LANES) : Vector{};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < terms; ++k, panel += kPanel) {  // unrolled: counting costs as much as several products
-    const Vector left = load(panel), right = load(panel + LANES);
+    const Vector y[2] = {load(panel), load(panel + LANES)};
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector x = all(a[r * a_row + k * a_term]);
-      total[r][0] += x * left;
-      total[r][1] += x * right;
-    }
+    for (int r = 0; r < R; ++r) add_products(r, total[r], tile + k * TILE + r, y);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -90,65 +90,63 @@ inline void multiply_panel(const float* a, int64_t a_row, const float* panel, in
 }
 
 // The same of at most R rows.
-template <int R, Left LEFT>
-inline void multiply_panel_of(int64_t rows, const float* a, int64_t a_row, const float* panel, int64_t terms,
-                              const float* start, int64_t start_row, float* c, int64_t c_row) {
+template <int R = TILE>
+inline void multiply_panel_of(int64_t rows, const float* tile, const float* panel, int64_t terms, const float* start,
+                              int64_t start_row, float* c, int64_t c_row) {
   if (rows == R)
-    multiply_panel<R, LEFT>(a, a_row, panel, terms, start, start_row, c, c_row);
+    multiply_panel<R>(tile, panel, terms, start, start_row, c, c_row);
   else if constexpr (R > 1)
-    multiply_panel_of<R - 1, LEFT>(rows, a, a_row, panel, terms, start, start_row, c, c_row);
+    multiply_panel_of<R - 1>(rows, tile, panel, terms, start, start_row, c, c_row);
 }
 
 // The same, of which only so many columns exist, in start and in c.
-template <Left LEFT>
-inline void multiply_some(int64_t rows, int64_t columns, const float* a, int64_t a_row, const float* panel,
-                          int64_t terms, const float* start, int64_t start_row, float* c, int64_t c_row) {
+inline void multiply_some(int64_t rows, int64_t columns, const float* tile, const float* panel, int64_t terms,
+                          const float* start, int64_t start_row, float* c, int64_t c_row) {
   if (columns == kPanel) {
-    multiply_panel_of<TILE, LEFT>(rows, a, a_row, panel, terms, start, start_row, c, c_row);
+    multiply_panel_of(rows, tile, panel, terms, start, start_row, c, c_row);
     return;
   }
   float whole[TILE * kPanel] = {};
   for (int64_t r = 0; start && r < rows; ++r)
     for (int64_t j = 0; j < columns; ++j) whole[r * kPanel + j] = start[r * start_row + j];
-  multiply_panel_of<TILE, LEFT>(rows, a, a_row, panel, terms, whole, kPanel, whole, kPanel);
+  multiply_panel_of(rows, tile, panel, terms, whole, kPanel, whole, kPanel);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < columns; ++j) c[r * c_row + j] = whole[r * kPanel + j];
 }
 
-// The same of any number of rows, tile by tile. a_step: numbers from a row to the next, or from a tile.
-template <Left LEFT>
-inline void multiply_rows(int64_t rows, int64_t columns, const float* a, int64_t a_step, const float* panel,
-                          int64_t terms, const float* start, int64_t start_row, float* c, int64_t c_row) {
-  for (int64_t i = 0; i < rows; i += TILE) {
-    multiply_some<LEFT>(rows - i < TILE ? rows - i : TILE, columns, a, a_step, panel, terms,
-                        start ? start + i * start_row : nullptr, start_row, c + i * c_row, c_row);
-    a += LEFT == Left::kTiles ? a_step : TILE * a_step;
-  }
+// The same of any number of rows, in tiles that are `size` apart.
+inline void multiply_tiles(int64_t rows, int64_t columns, const float* tiles, int64_t size, const float* panel,
+                           int64_t terms, const float* start, int64_t start_row, float* c, int64_t c_row) {
+  for (int64_t i = 0; i < rows; i += TILE, tiles += size)
+    multiply_some(rows - i < TILE ? rows - i : TILE, columns, tiles, panel, terms,
+                  start ? start + i * start_row : nullptr, start_row, c + i * c_row, c_row);
 }
 
-// c (rows x N) = a (rows x K) b + bias, a in tiles, b packed.
+// Some columns of a matrix, and from one of their rows to the next.
+struct Strip {
+  float* data;
+  int64_t row;
+};
+
+// c (rows x N) = a (rows x K) b + bias, a in tiles, b packed, strip by strip of kPanel columns. to(n) says where that of
+// columns from n on goes, after(n, columns) follows it.
+template <typename To, typename After>
 inline void multiply_packed(int64_t rows, int64_t N, int64_t K, const float* a, const float* packed, const float* bias,
-                            float* c, int64_t c_row) {
-  for (int64_t k = 0; k < K; k += kTerms) {
-    const int64_t terms = K - k < kTerms ? K - k : kTerms;
-    for (int64_t n = 0; n < N; n += kPanel)
-      multiply_rows<Left::kTiles>(rows, N - n < kPanel ? N - n : kPanel, a + k * TILE, tile_size(K),
-                                  packed + n * K + k * kPanel, terms, k ? c + n : bias ? bias + n : nullptr,
-                                  k ? c_row : 0, c + n, c_row);
+                            To to, After after) {
+  for (int64_t n = 0; n < N; n += kPanel) {
+    const int64_t columns = N - n < kPanel ? N - n : kPanel;
+    const Strip c = to(n);
+    for (int64_t k = 0; k < K; k += kTerms)
+      multiply_tiles(rows, columns, a + k * TILE, tile_size(K), packed + n * K + k * kPanel,
+                     K - k < kTerms ? K - k : kTerms, k ? c.data : bias ? bias + n : nullptr, k ? c.row : 0, c.data,
+                     c.row);
+    after(n, columns);
   }
 }
 
-// The same, strip by strip of kPanel columns, each c_step after the last; finish(n, columns, strip) follows that of
-// columns from n on.
-template <typename Finish>
-inline void multiply_strips(int64_t rows, int64_t N, int64_t K, const float* a, const float* packed, const float* bias,
-                            float* c, int64_t c_row, int64_t c_step, Finish finish) {
-  for (int64_t n = 0; n < N; n += kPanel, c += c_step) {
-    const int64_t columns = N - n < kPanel ? N - n : kPanel;
-    for (int64_t k = 0; k < K; k += kTerms)
-      multiply_rows<Left::kTiles>(rows, columns, a + k * TILE, tile_size(K), packed + n * K + k * kPanel,
-                                  K - k < kTerms ? K - k : kTerms, k ? c : bias ? bias + n : nullptr, k ? c_row : 0, c,
-                                  c_row);
-    finish(n, columns, c);
-  }
+// The same, into a matrix.
+inline void multiply_packed(int64_t rows, int64_t N, int64_t K, const float* a, const float* packed, const float* bias,
+                            float* c) {
+  multiply_packed(rows, N, K, a, packed, bias, [&](int64_t n) { return Strip{c + n, N}; },
+                  [](int64_t, int64_t) {});
 }

@@ -11,6 +11,6 @@
 namespace swin {
 
 const Code kPlain{LANES, plain::kPanel, plain::pack, plain::product, plain::few_rows, plain::mlp,
-                  plain::mlp_gradient, plain::weight_gradient};
+                  plain::mlp_gradient, plain::weight_gradient, plain::add_parts};
 
 }  // namespace swin

@@ -1,0 +1,155 @@
+// Products of matrices in tensors: how their work is cut and handed out. No result depends on the number of threads.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "call.h"
+#include "choose.h"
+
+namespace swin {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Numbers = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kRows = 192;            // of a block, at most
+constexpr int64_t kFewestRows = 24;       // at least, that make a panel worth fetching
+constexpr int64_t kFewRows = 512;         // for which packing a weight first costs more than it saves
+constexpr int64_t kTogether = 4096;       // rows of MLPs of few rows that are computed at once, at most
+constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's products: those that a cache holds
+
+inline int64_t divide(int64_t count, int64_t by) { return (count + by - 1) / by; }
+
+inline const Code& choose(int64_t lanes) { return choose_code(kPlain, kAvx2, kAvx512, lanes); }
+
+inline const float* numbers(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+inline float* numbers_of(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+inline void check(const Tensor& x, const char* name, const Numbers& sizes) {
+  bool same = x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous();
+  std::string expected;
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || x.size(i) == sizes[i];
+  for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
+  require(same && x.scalar_type() == ScalarType::Float && x.device().is_cpu(),
+          std::string(name) + " must be contiguous float32 on the CPU, (" + expected + ")");
+}
+
+inline const float* numbers_of_bias(const MaybeTensor& bias, const char* name, const Numbers& sizes) {
+  if (!bias) return nullptr;
+  check(*bias, name, sizes);
+  return numbers(*bias);
+}
+
+inline Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::new_empty(like, sizes); }
+
+template <typename Work>
+inline void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
+  if (units > 0) torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+}
+
+inline int64_t rows_of_block(int64_t kept) {
+  return std::max(kFewestRows, std::min(kRows, kHidden / std::max<int64_t>(kept, 1)));
+}
+
+// Blocks of rows, of each of which so many numbers are kept: as many for one thread as for the others. Results do not
+// depend on it, for no row depends on another.
+inline int64_t blocks_of(int64_t M, int64_t kept) {
+  const int64_t most = rows_of_block(kept);
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::min(divide(divide(M, most), threads) * threads, divide(M, kFewestRows));
+}
+
+// A matrix of rows x columns, row by row, as the right side of a product: itself, or across, so that rows are columns.
+struct Matrix {
+  const float* data;
+  int64_t rows, columns;
+  bool across;
+};
+
+inline int64_t packed_size(int64_t rows, int64_t columns, const Code& code) {  // either way
+  return std::max(divide(rows, code.panel) * columns, divide(columns, code.panel) * rows) * code.panel;
+}
+
+inline Packing strides_of(const Matrix& matrix) {
+  if (matrix.across) return {matrix.data, 1, matrix.columns, matrix.columns, matrix.rows, nullptr};
+  return {matrix.data, matrix.columns, 1, matrix.rows, matrix.columns, nullptr};
+}
+
+inline const float* pack(const Matrix& matrix, Tensor& packed, const Code& code) {
+  Packing work = strides_of(matrix);
+  work.packed = numbers_of(packed);
+  hand_out(code.pack, work, divide(work.N, code.panel));
+  return numbers(packed);
+}
+
+// Whether products of M rows and N columns, of all experts, are computed panel by panel, of b as it is. The thread with
+// most panels must not get much more of the work than that with most blocks of rows would. No result depends on it.
+inline bool are_few(int64_t M, int64_t N, const Code& code) {
+  if (M > kFewRows || M == 0) return false;
+  const int64_t threads = torch::stable::get_num_threads(), panels = divide(N, code.panel), blocks = blocks_of(M, 1);
+  return 4 * divide(panels, threads) * blocks <= 5 * divide(blocks, threads) * panels;
+}
+
+inline FewRows few_rows(const Matrix& b) {
+  const Packing strides = strides_of(b);
+  FewRows work{};
+  work.b = b.data;
+  work.b_term = strides.b_term;
+  work.b_column = strides.b_column;
+  work.N = strides.N;
+  work.K = strides.K;
+  return work;
+}
+
+inline FewRows few_rows(const float* packed, int64_t N, int64_t K) {
+  FewRows work{};
+  work.b = packed;
+  work.N = N;
+  work.K = K;
+  return work;
+}
+
+inline FewRows with(FewRows work, const float* a, int64_t M, const float* bias, float* c) {
+  work.a = a;
+  work.bias = bias;
+  work.c = c;
+  work.M = M;
+  return work;
+}
+
+// All at once: threads wait for each other only at the end.
+inline void multiply(const std::vector<FewRows>& works, const Code& code) {
+  Numbers ends;  // of each one's panels among all
+  for (const FewRows& work : works) ends.push_back((ends.empty() ? 0 : ends.back()) + divide(work.N, code.panel));
+  if (ends.empty()) return;
+  torch::stable::parallel_for(0, ends.back(), 1, [&](int64_t begin, int64_t end) {
+    for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; begin = ends[i++]) {
+      const int64_t first = i ? ends[i - 1] : 0;
+      code.few_rows(works[i], begin - first, std::min(end, ends[i]) - first);
+    }
+  });
+}
+
+inline void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
+  const int64_t M = a.size(0), N = c.size(1), K = a.size(1);
+  if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), numbers(a), M, bias, numbers_of(c))}, code);
+  const Product work{numbers(a), packed, bias, numbers_of(c), M, N, K, blocks_of(M, 1)};
+  hand_out(code.product, work, work.blocks);
+}
+
+inline void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
+  const int64_t M = a.size(0);
+  if (are_few(M, c.size(1), code)) return multiply({with(few_rows(b), numbers(a), M, bias, numbers_of(c))}, code);
+  Tensor packed = empty(a, {packed_size(b.rows, b.columns, code)});
+  multiply(a, pack(b, packed, code), bias, c, code);
+}
+
+}  // namespace swin
