@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import measure
-from models.linear import linear
+from models.linear import is_amd, linear
 
 
 def describe_machine(device: torch.device) -> str:
@@ -21,9 +21,9 @@ def describe_machine(device: torch.device) -> str:
 
 
 def kind_of_machine(device: torch.device) -> str:
-    """For names of files: ``cuda``, or ``cpu`` with the instructions that PyTorch uses, which decide its speed."""
+    """For names of files: ``cuda``, or ``cpu`` with what decides the speed of its libraries: instructions and maker."""
     capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
-    return f"cpu-{capability}" if device.type == "cpu" else device.type
+    return f"cpu-{capability}{'-amd' if is_amd() else ''}" if device.type == "cpu" else device.type
 
 
 def _cpu_info() -> list[str]:
