@@ -51,7 +51,7 @@ class PartedGradient {
     finish();
   }
 
-  // One part, by this thread; `finish` comes after all of them. b: its rows of b, in strips of their own; null: among all.
+  // One part, by this thread; `finish` comes after all of them. b: its rows, in strips of their own, if not among all.
   void run(int64_t part, const float* b) const {
     WeightGradient work = work_;
     const int64_t first = part * work.M / work.parts;

@@ -92,16 +92,14 @@ inline T* strip_of(T* matrix, int64_t M, int64_t n, int64_t row) {
   return matrix + n * M + row * kPanel;
 }
 
-constexpr int64_t kFewTerms = 256;  // at once, of few rows: the second cache holds their tiles
-
 void few_rows(const FewRows& work, int64_t begin, int64_t end) {
-  const int64_t M = work.M, N = work.N, K = work.K, most = K < kFewTerms ? K : kFewTerms;
+  const int64_t M = work.M, N = work.N, K = work.K, most = K < kTerms ? K : kTerms;
   Scratch scratch(tiles_size(M, most) + most * kPanel + 2 * M, 3);
   float *tiles = scratch.take(tiles_size(M, most)), *packed = scratch.take(most * kPanel);
   RowScale* scales = scratch.take<RowScale>(M);
   scale_rows(work.norm, M, K, work.a, scales);
-  for (int64_t k = 0; k < K; k += kFewTerms) {
-    const int64_t terms = K - k < kFewTerms ? K - k : kFewTerms;
+  for (int64_t k = 0; k < K; k += kTerms) {
+    const int64_t terms = K - k < kTerms ? K - k : kTerms;
     pack_normed(work.norm, scales, M, terms, k, work.a + k, K, tiles);
     for (int64_t n = begin * kPanel; n < end * kPanel && n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
