@@ -184,6 +184,8 @@ def test_inputs_need_not_be_contiguous_and_batches_may_be_empty(extension):
         ({"qkv": torch.zeros(1, 4, 24, 4).mT}, "must be contiguous"),
         ({"bias": torch.zeros(1, 4, 1).expand(1, 4, 4)}, "must be contiguous"),
         ({"window": [2, 0]}, "window must be two positive numbers"),
+        ({"window": [24, 25]}, "a window must have 576 tokens or fewer"),
+        ({"qkv": torch.zeros(1, 4, 4, 3 * 129)}, "heads must be 128 channels wide or fewer"),
         ({"shift": [2, 0]}, "shift must be two numbers within the window"),
         ({"bias": torch.zeros(1, 4, 3)}, "bias must be"),
         ({"logit_scale": torch.zeros(2)}, "logit_scale must have a number for each head"),
