@@ -1,7 +1,6 @@
 // The operators' schemas, their checks, and the choice of the code that this processor runs.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 
 #include "call.h"
 #include "choose.h"
+#include "threads.h"
 
 namespace swin {
 namespace {
@@ -88,7 +88,7 @@ Tensor attend(const Tensor& qkv, const Tensor& bias, const MaybeTensor& logit_sc
   Tensor out = torch::stable::new_empty(qkv, Numbers{qkv.size(0), call.H, call.W, heads * call.width});
   call.out = out.mutable_data_ptr();
   const Range run = qkv.scalar_type() == ScalarType::Float ? code.forward : code.forward_bfloat16;
-  torch::stable::parallel_for(0, call.windows * heads, 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  share_pieces(call.windows * heads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   return out;
 }
 
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad, const Ten
   call.grad_bias = bias_sums.data();
   call.grad_scale = scale_sums.data();
   const Range run = qkv.scalar_type() == ScalarType::Float ? code.backward : code.backward_bfloat16;
-  torch::stable::parallel_for(0, call.chunks * heads, 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  share_pieces(call.chunks * heads, [&](int64_t begin, int64_t end) { run(call, begin, end); });
   float* to = static_cast<float*>(grad_bias.mutable_data_ptr());
   torch::stable::parallel_for(0, heads * N, 64, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)

@@ -136,9 +136,9 @@ inline float soften(float* row, const float* bias, float factor, int64_t query, 
 
 inline Window take_window(Scratch& scratch, int64_t tokens, int64_t columns) {
   Window window{};
-  window.place = scratch.take<int64_t>(tokens);
-  window.region = scratch.take(columns);
-  window.hidden = scratch.take(columns);
+  window.place = scratch.take_zeros<int64_t>(tokens);
+  window.region = scratch.take_zeros(columns);
+  window.hidden = scratch.take_zeros(columns);
   return window;
 }
 
@@ -155,9 +155,10 @@ void forward(const Call& call, int64_t begin, int64_t end) {
   const int64_t floats = 2 * (N + ROWS) * kHeadRow + D * columns + ROWS * kScoreRow;
   Scratch scratch(2 * window_floats(N, columns) + floats, 2 * kWindowPieces + 6);
   Window window = take_window(scratch, N, columns), next = take_window(scratch, N, columns);
-  float *q = scratch.take(ROWS * kHeadRow), *k = scratch.take(N * kHeadRow), *v = scratch.take(N * kHeadRow);
-  float *across = scratch.take(D * columns), *weights = scratch.take(ROWS * kScoreRow);
-  float* mixed = scratch.take(ROWS * kHeadRow);
+  float *q = scratch.take_zeros(ROWS * kHeadRow), *k = scratch.take_zeros(N * kHeadRow);
+  float* v = scratch.take_zeros(N * kHeadRow);
+  float *across = scratch.take_zeros(D * columns), *weights = scratch.take_zeros(ROWS * kScoreRow);
+  float* mixed = scratch.take_zeros(ROWS * kHeadRow);
   const T* qkv = static_cast<const T*>(call.qkv);
   T* out = static_cast<T*>(call.out);
   float totals[ROWS];
@@ -221,11 +222,12 @@ void backward(const Call& call, int64_t begin, int64_t end) {
   const int64_t floats = N * (5 * kHeadRow + 2 * kScoreRow + 2) + 2 * D * columns;
   Scratch scratch(2 * window_floats(N, columns) + floats, 2 * kWindowPieces + 11);
   Window window = take_window(scratch, N, columns), next = take_window(scratch, N, columns);
-  float *q = scratch.take(N * kHeadRow), *k = scratch.take(N * kHeadRow), *v = scratch.take(N * kHeadRow);
-  float *g = scratch.take(N * kHeadRow), *grads = scratch.take(N * kHeadRow);
-  float *k_across = scratch.take(D * columns), *v_across = scratch.take(D * columns);
-  float *weights = scratch.take(N * kScoreRow), *slopes = scratch.take(N * kScoreRow);
-  float *q_inverse = scratch.take(N), *k_inverse = scratch.take(N);
+  float *q = scratch.take_zeros(N * kHeadRow), *k = scratch.take_zeros(N * kHeadRow);
+  float *v = scratch.take_zeros(N * kHeadRow), *g = scratch.take_zeros(N * kHeadRow);
+  float* grads = scratch.take_zeros(N * kHeadRow);
+  float *k_across = scratch.take_zeros(D * columns), *v_across = scratch.take_zeros(D * columns);
+  float *weights = scratch.take_zeros(N * kScoreRow), *slopes = scratch.take_zeros(N * kScoreRow);
+  float *q_inverse = scratch.take_zeros(N), *k_inverse = scratch.take_zeros(N);
   const T *qkv = static_cast<const T*>(call.qkv), *grad = static_cast<const T*>(call.grad);
   const bool cosine = call.logit_scale != nullptr;
   for (int64_t unit = begin; unit < end; ++unit) {
