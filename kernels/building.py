@@ -40,7 +40,7 @@ def _cpu_extension(package: str) -> CppExtension:
     shared = Path(__file__).parent / "csrc"
     return CppExtension(
         f"{package}._C",
-        [f"csrc/{name}.cpp" for name in ("operators", "plain", "avx2", "avx512")],
+        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
         include_dirs=[str(shared)],
         # Hidden: both extensions have names such as swin::kAvx2, which a program that links both would mix up.
         extra_compile_args=[*COMPILE, "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"],

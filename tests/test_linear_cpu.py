@@ -62,7 +62,7 @@ def calls(operators, monkeypatch) -> list[str]:
 def lanes(operators) -> list[int]:
     """Those of the instruction sets that this processor runs."""
     found = []
-    for count in (4, 8, 16):
+    for count in (4, 8, 16, 256):
         try:
             operators.forward(torch.ones(1, 1), torch.ones(1, 1), None, count)
         except RuntimeError as err:
@@ -137,6 +137,33 @@ def test_mlps_are_those_of_float64(operators, counts, channels, hidden, outputs,
             close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [1, 1e-30, 1e30, 3.4e38])
+def test_products_with_one_are_the_numbers_themselves(operators, size):
+    """On either side: also where a number is the sum of parts, none of its digits is lost."""
+    torch.manual_seed(0)
+    x, one = torch.empty(70, 40).uniform_(0.5, 1) * torch.randn(70, 40).sign() * size, torch.eye(40)
+    for count in lanes(operators):
+        assert torch.equal(operators.forward(x, one, None, count), x)
+        assert torch.equal(operators.forward(one, x, None, count), x.t())
+        for grad in operators.backward(one, x[:40], x[:40].clone(), True, True, count)[:2]:
+            assert torch.equal(grad, x[:40])
+
+
+def test_every_sum_is_as_exact_as_one_of_floats(operators):
+    """Of terms of very different sizes: against what rounding each of them to a float may do."""
+    torch.manual_seed(0)
+    x, weight, grad = (
+        torch.randn(size) * 10.0 ** torch.randint(-6, 7, size) for size in ((900, 70), (65, 70), (900, 65))
+    )
+    for count in lanes(operators):
+        pairs = [(operators.forward(x, weight, None, count), x, weight)]
+        grad_x, grad_w, _ = operators.backward(grad, x, weight, True, True, count)
+        pairs += [(grad_x, grad, weight.t()), (grad_w, grad.t(), x.t())]
+        for ours, a, b in pairs:
+            a, b = a.double(), b.double().t()
+            assert ((ours.double() - a @ b).abs() <= 1e-6 * (a.abs() @ b.abs())).all()
+
+
 def test_gelu_and_its_slope_are_those_of_float64_everywhere(operators):
     one, x = torch.ones(1, 1, 1), torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
     exact = x.double().requires_grad_()
@@ -194,6 +221,27 @@ def test_results_are_the_same_bits_for_any_number_of_threads(operators, rows, ch
     torch.manual_seed(0)
     layer = nn.Sequential(Linear(33, channels), Mlp(channels, 250))
     check_bits_of_threads(layer, list(layer.parameters()), torch.randn(rows, 33))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 32])
+def test_threads_may_be_more_than_there_is_work_for(operators, threads):
+    """Blocks of rows are not cut below a tile of any instruction set, for many threads or for wide hidden layers."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    x, weight, wide = torch.randn(600, 32), torch.randn(33, 32), torch.randn(1, 8192, 32)
+    try:
+        torch.set_num_threads(threads)
+        for count in lanes(operators):
+            for rows in (32, 90, 200, 600):
+                close(operators.forward(x[:rows], weight, None, count), x[:rows].double() @ weight.double().t())
+            y, kept = operators.mlp(x, [600], wide, None, wide, None, False, True, count)
+            exact = F.gelu(x.double() @ wide[0].double().t()) @ wide[0].double()
+            close(y, exact)
+            close(
+                operators.mlp_backward(y, x, kept, [600], wide, wide, False, False, True, count)[4], exact.sum(0)[None]
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 300, 700, 1], [500] * 9])
@@ -297,7 +345,7 @@ def test_compiled_layers_are_the_same(operators, bias, recomputing):
     torch.manual_seed(0)
     mlp = Mlp(24, 40, 10, mlp_fc2_bias=bias)
     mlp.__class__ = RecomputingMlp if recomputing else Mlp
-    layer, x = nn.Sequential(Linear(16, 24, bias=bias), mlp), torch.randn(2, 30, 16, requires_grad=True)
+    layer, x = nn.Sequential(Linear(16, 24, bias=bias), mlp), torch.randn(2, 60, 16, requires_grad=True)
     graphs = []
 
     def backend(graph, _):
@@ -545,9 +593,9 @@ def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
     with pytest.raises(RuntimeError, match=r"weight must not be empty"):
         operators.pack(torch.zeros(2, 0))
     with pytest.raises(RuntimeError, match=r"packed weight must be contiguous float32 on the CPU, \(32, 4\)"):
-        operators.forward_packed(x, weight, None, 2)
+        operators.forward_packed(x, weight, None, 2, 4)
     with pytest.raises(RuntimeError, match=r"packed w2 must be contiguous float32 on the CPU, \(32, 33\)"):
-        operators.mlp_packed(x, torch.zeros(64, 4), None, torch.zeros(33, 32), None, 33, 2)
+        operators.mlp_packed(x, torch.zeros(64, 4), None, torch.zeros(33, 32), None, 33, 2, 4)
     with pytest.raises(RuntimeError, match=r"grad must be contiguous float32 on the CPU, \(3, 2\)"):
         operators.backward(torch.zeros(3, 3), x, weight, True, True)
     with pytest.raises(RuntimeError, match=r"h must be contiguous float32 on the CPU, \(3, 32\)"):

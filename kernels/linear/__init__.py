@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import operators
 
 INSTALL = "pip install ./kernels/linear --no-build-isolation"
-VERSION = 3  # of the extension: it has MLPs with norm and residual
+VERSION = 4  # of the extension: it says how wide packed weights are
 
 try:
     import swin_linear  # noqa: F401 - loads the operators

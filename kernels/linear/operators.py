@@ -40,13 +40,14 @@ def _(grad, x, weight, needs_x, needs_weight):
 
 @torch.library.custom_op("swin::pack_weight", mutates_args=())
 def pack_weight(weight: Tensor) -> Tensor:
-    """(N, C) in the order in which this processor's kernels read it, with zeros up to a multiple of 32 rows."""
+    """(N, C) as this processor's kernels read it: in their order and parts, with zeros up to a multiple of 32 rows."""
     return torch.ops.swin_linear.pack(weight.contiguous())
 
 
 @pack_weight.register_fake
 def _(weight):
-    return weight.new_empty((weight.shape[0] + 31) // 32 * 32, weight.shape[1])
+    N, C = weight.shape
+    return weight.new_empty((N + 31) // 32 * 32, torch.ops.swin_linear.packed_width(C))
 
 
 @torch.library.custom_op("swin::linear_packed", mutates_args=())

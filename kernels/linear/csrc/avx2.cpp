@@ -8,11 +8,12 @@
 #define SET avx2
 #define LANES 8
 #define TILE 6
+#define LAYOUT "floats.h"
 #include "linear.h"
 
 namespace swin {
 
-const Code kAvx2{LANES, avx2::kPanel, avx2::pack, avx2::product, avx2::few_rows, avx2::mlp,
+const Code kAvx2{LANES, avx2::kPanel, TILE, avx2::panel_size, avx2::pack, avx2::product, avx2::few_rows, avx2::mlp,
                  avx2::mlp_gradient, avx2::weight_gradient, avx2::add_parts};
 
 }  // namespace swin

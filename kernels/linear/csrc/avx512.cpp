@@ -8,11 +8,12 @@
 #define SET avx512
 #define LANES 16
 #define TILE 14
+#define LAYOUT "floats.h"
 #include "linear.h"
 
 namespace swin {
 
-const Code kAvx512{LANES, avx512::kPanel, avx512::pack, avx512::product, avx512::few_rows, avx512::mlp,
+const Code kAvx512{LANES, avx512::kPanel, TILE, avx512::panel_size, avx512::pack, avx512::product, avx512::few_rows, avx512::mlp,
                    avx512::mlp_gradient, avx512::weight_gradient, avx512::add_parts};
 
 }  // namespace swin

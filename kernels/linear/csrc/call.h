@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "units.h"
+
 namespace swin {
 
 // b (K x N) by its strides, into panels.
@@ -70,11 +72,12 @@ struct MlpGradient {
 };
 
 // c (N x K) = a^T b, b or gelu(b), and sums of the columns of both: the gradients of a weight and a bias, by the
-// layer's gradient and input. Over parts of the rows, part by part, so that threads make no difference.
+// layer's gradient and input. Over parts of the rows, part by part, so that threads make no difference. exchanged: with the
+// same bits as b^T a has at the places across.
 struct WeightGradient {
   const float* a;  // M x N
   const float* b;  // M x K; in strips, some rows of b_rows
-  bool b_in_strips, gelu_b, c_in_strips;
+  bool b_in_strips, gelu_b, c_in_strips, exchanged;
   float* c;        // parts, each N x K, c_size apart
   float* a_sums;   // parts, N
   float* b_sums;   // parts, K
@@ -89,21 +92,23 @@ struct Parts {
   int64_t N, K, count, size;
 };
 
-// Of units from begin to end. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of rows. WeightGradient: part *
-// groups + group. Parts: strips.
+// Units from begin to end, or those that the thread takes. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of
+// rows. WeightGradient: part * groups + group. Parts: strips.
 struct Code {
   int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel
+  int64_t tile;   // rows of a tile
+  int64_t (*panel_size)(int64_t terms);  // numbers' room
   void (*pack)(const Packing& work, int64_t begin, int64_t end);
-  void (*product)(const Product& work, int64_t begin, int64_t end);
+  void (*product)(const Product& work, Units& units);
   void (*few_rows)(const FewRows& work, int64_t begin, int64_t end);
-  void (*mlp)(const Mlp& work, int64_t begin, int64_t end);
-  void (*mlp_gradient)(const MlpGradient& work, int64_t begin, int64_t end);
-  void (*weight_gradient)(const WeightGradient& work, int64_t begin, int64_t end);
+  void (*mlp)(const Mlp& work, Units& units);
+  void (*mlp_gradient)(const MlpGradient& work, Units& units);
+  void (*weight_gradient)(const WeightGradient& work, Units& units);
   void (*add_parts)(const Parts& work, int64_t begin, int64_t end);
 };
 
 // Each in a file of its own, compiled for that instruction set. Data alone: what asks the processor is compiled for any.
-extern const Code kPlain, kAvx2, kAvx512;
+extern const Code kPlain, kAvx2, kAvx512, kAmx;
 
 }  // namespace swin

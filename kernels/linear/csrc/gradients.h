@@ -31,7 +31,7 @@ class PartedGradient {
     parts_ = empty(like, {direct_ ? 0 : parts * N * padded});
     a_sums_.resize(parts * N);
     b_sums_.resize(parts * K);
-    work_ = {a, b, b_in_strips, gelu_b, !direct_, direct_ ? c : numbers_of(parts_), a_sums_.data(), b_sums_.data(),
+    work_ = {a, b, b_in_strips, gelu_b, !direct_, across, direct_ ? c : numbers_of(parts_), a_sums_.data(), b_sums_.data(),
              M, N, K, parts, divide(K, kColumns), M, N * padded};
   }
   PartedGradient(const PartedGradient&) = delete;  // its work points into it
@@ -63,7 +63,8 @@ class PartedGradient {
     work.a_sums += part * work.N;
     work.b_sums += part * work.K;
     work.parts = 1;
-    code_.weight_gradient(work, 0, work.groups);
+    Units units(work.groups);
+    code_.weight_gradient(work, units);
   }
 
   void finish() const {
@@ -97,10 +98,10 @@ class PartedGradient {
 inline void gradients_by_parts(const MlpGradient& work, PartedGradient& first, PartedGradient& second, int64_t parts,
                                const Code& code) {
   const int64_t padded = divide(work.H, code.panel) * code.panel;
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  share_out(parts, [&](Units& units) {
     Scratch scratch(divide(work.M, parts) * padded, 1);
     float* grad_h = scratch.take(divide(work.M, parts) * padded);
-    for (int64_t part = begin; part < end; ++part) {
+    for (int64_t part; units.take(part);) {
       MlpGradient own = work;
       const int64_t row = part * work.M / parts;
       own.M = (part + 1) * work.M / parts - row;
@@ -108,8 +109,9 @@ inline void gradients_by_parts(const MlpGradient& work, PartedGradient& first, P
       own.h += row * code.panel;
       own.grad_h = grad_h;
       if (own.grad_x) own.grad_x += row * work.C;
-      own.blocks = divide(own.M, rows_of_block(own.H));
-      code.mlp_gradient(own, 0, own.blocks);
+      own.blocks = blocks_of(own.M, own.H, code, 1);
+      Units blocks(own.blocks);
+      code.mlp_gradient(own, blocks);
       first.run(part, own.grad_h);
       second.run(part, nullptr);
     }

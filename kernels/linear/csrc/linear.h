@@ -1,5 +1,5 @@
-// Linear layers and MLPs of one instruction set: LANES floats a vector, TILE rows at once, in namespace SET. No include
-// guard, as of vector.h.
+// Linear layers and MLPs of one instruction set: LANES floats a vector, TILE rows at once, packed as the file LAYOUT says,
+// in namespace SET. No include guard, as of vector.h.
 
 namespace swin {
 namespace SET {
@@ -31,20 +31,20 @@ inline int64_t most_rows(int64_t M, int64_t blocks) { return ((M + TILE - 1) / T
 void pack(const Packing& work, int64_t begin, int64_t end) {
   for (int64_t n = begin * kPanel; n < end * kPanel && n < work.N; n += kPanel)
     pack_panel(work.b + n * work.b_column, work.b_term, work.b_column, work.K,
-               work.N - n < kPanel ? work.N - n : kPanel, work.packed + n * work.K);
+               work.N - n < kPanel ? work.N - n : kPanel, work.packed + n / kPanel * panel_size(work.K));
 }
 
 // Not functions: so each has code of its own where it is passed on.
 constexpr auto kSame = [](Vector x, int64_t, int64_t, int64_t) { return x; };
 constexpr auto kGelu = [](Vector x, int64_t, int64_t, int64_t) { return gelu(x); };
 
-void product(const Product& work, int64_t begin, int64_t end) {
+void product(const Product& work, Units& units) {
   Scratch scratch(tiles_size(most_rows(work.M, work.blocks), work.K), 1);
   float* a = scratch.take(tiles_size(most_rows(work.M, work.blocks), work.K));
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t block; units.take(block);) {
     const int64_t row = first_row(work.M, work.blocks, block);
     const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
-    pack_tiles(rows, work.K, work.a + row * work.K, work.K, a, tile_size(work.K), kSame);
+    pack_tiles(0, rows, work.K, work.a + row * work.K, work.K, a, tile_size(work.K), kSame);
     multiply_packed(rows, work.N, work.K, a, work.b, work.bias, work.c + row * work.N);
   }
 }
@@ -74,8 +74,8 @@ inline void scale_rows(const Norm& norm, int64_t rows, int64_t columns, const fl
 // pack_tiles of columns from k on, normalised.
 inline void pack_normed(const Norm& norm, const RowScale* scales, int64_t rows, int64_t columns, int64_t first,
                         const float* from, int64_t from_row, float* tiles) {
-  if (!norm.weight) return pack_tiles(rows, columns, from, from_row, tiles, tile_size(columns), kSame);
-  pack_tiles(rows, columns, from, from_row, tiles, tile_size(columns),
+  if (!norm.weight) return pack_tiles(0, rows, columns, from, from_row, tiles, tile_size(columns), kSame);
+  pack_tiles(0, rows, columns, from, from_row, tiles, tile_size(columns),
              [&](Vector x, int64_t i, int64_t k, int64_t count) {
                const Vector weight = load_some(norm.weight + first + k, count);
                return (x - scales[i].mean) * (weight * scales[i].factor) + load_some(norm.bias + first + k, count);
@@ -92,11 +92,24 @@ inline T* strip_of(T* matrix, int64_t M, int64_t n, int64_t row) {
   return matrix + n * M + row * kPanel;
 }
 
+// Room for two strips of a block's rows, by turns.
+class Strips {
+ public:
+  explicit Strips(int64_t rows) : size_(rows * kPanel), scratch_(2 * size_, 1), data_(scratch_.take(2 * size_)) {}
+  float* at(int64_t n) const { return data_ + n / kPanel % 2 * size_; }
+
+ private:
+  int64_t size_;
+  Scratch scratch_;
+  float* data_;
+};
+
 void few_rows(const FewRows& work, int64_t begin, int64_t end) {
   const int64_t M = work.M, N = work.N, K = work.K, most = K < kTerms ? K : kTerms;
-  Scratch scratch(tiles_size(M, most) + most * kPanel + 2 * M, 3);
-  float *tiles = scratch.take(tiles_size(M, most)), *packed = scratch.take(most * kPanel);
+  Scratch scratch(tiles_size(M, most) + panel_size(most) + 2 * M, 3);
+  float *tiles = scratch.take(tiles_size(M, most)), *packed = scratch.take(panel_size(most));
   RowScale* scales = scratch.take<RowScale>(M);
+  Nothing nothing;
   scale_rows(work.norm, M, K, work.a, scales);
   for (int64_t k = 0; k < K; k += kTerms) {
     const int64_t terms = K - k < kTerms ? K - k : kTerms;
@@ -104,13 +117,13 @@ void few_rows(const FewRows& work, int64_t begin, int64_t end) {
     for (int64_t n = begin * kPanel; n < end * kPanel && n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
       const Strip c = work.c_in_strips ? Strip{strip_of(work.c, M, n, 0), kPanel} : Strip{work.c + n, N};
-      const float* panel = work.b + n * K + k * kPanel;
+      const float* panel = work.b + n / kPanel * panel_size(K) + panel_at(k);
       if (work.b_term) {
         pack_panel(work.b + k * work.b_term + n * work.b_column, work.b_term, work.b_column, terms, columns, packed);
         panel = packed;
       }
-      multiply_tiles(M, columns, tiles, tile_size(terms), panel, terms,
-                     k ? c.data : work.bias ? work.bias + n : nullptr, k ? c.row : 0, c.data, c.row);
+      multiply_tiles(M, columns, tiles, tile_size(terms), {panel, terms, nullptr, 0, false},
+                     k ? c.data : work.bias ? work.bias + n : nullptr, k ? c.row : 0, c.data, c.row, nothing);
       if (k + terms < K) continue;
       if (work.added) add_strip(M, columns, work.added + n, c.data, N);
       if (work.gelu_of)
@@ -122,45 +135,49 @@ void few_rows(const FewRows& work, int64_t begin, int64_t end) {
   }
 }
 
-void mlp(const Mlp& work, int64_t begin, int64_t end) {
+void mlp(const Mlp& work, Units& units) {
   const int64_t most = most_rows(work.M, work.blocks);
-  const int64_t of_x = tiles_size(most, work.C), of_a = tiles_size(most, work.H), of_strip = most * kPanel;
-  Scratch scratch(of_x + of_a + of_strip + 2 * most, 4);
-  float *tiles = scratch.take(of_x), *a = scratch.take(of_a), *strip = scratch.take(of_strip);
+  const int64_t of_x = tiles_size(most, work.C), of_a = tiles_size(most, work.H);
+  Strips strips(most);
+  Scratch scratch(of_x + of_a + 2 * most, 3);
+  float *tiles = scratch.take(of_x), *a = scratch.take(of_a);
   RowScale* scales = scratch.take<RowScale>(most);
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t block; units.take(block);) {
     const int64_t row = first_row(work.M, work.blocks, block);
     const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
     const float* x = work.x + row * work.C;
     float* y = work.y + row * work.C_out;
     scale_rows(work.norm, rows, work.C, x, scales);
     pack_normed(work.norm, scales, rows, work.C, 0, x, work.C, tiles);
-    const auto h = [&](int64_t n) { return Strip{work.h ? strip_of(work.h, work.M, n, row) : strip, kPanel}; };
-    multiply_packed(rows, work.H, work.C, tiles, work.w1, work.b1, h, [&](int64_t n, int64_t columns) {
-      pack_tiles(rows, columns, h(n).data, kPanel, a + n * TILE, tile_size(work.H), kGelu);
-    });
+    const auto h = [&](int64_t n) { return Strip{work.h ? strip_of(work.h, work.M, n, row) : strips.at(n), kPanel}; };
+    multiply_packed(rows, work.H, work.C, tiles, work.w1, work.b1, h,
+                    [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
+                      pack_tiles(first, last, columns, h(n).data, kPanel, a + tile_at(n), tile_size(work.H), kGelu);
+                    });
     multiply_packed(
         rows, work.C_out, work.H, a, work.w2, work.b2, [&](int64_t n) { return Strip{y + n, work.C_out}; },
-        [&](int64_t n, int64_t columns) {
-          if (work.residual) add_strip(rows, columns, x + n, y + n, work.C_out);
+        [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
+          const int64_t from = first * work.C_out + n;
+          if (work.residual) add_strip(last - first, columns, x + from, y + from, work.C_out);
         });
   }
 }
 
-void mlp_gradient(const MlpGradient& work, int64_t begin, int64_t end) {
+void mlp_gradient(const MlpGradient& work, Units& units) {
   const int64_t most = most_rows(work.M, work.blocks), M = work.M, H = work.H;
-  const int64_t of_grad = tiles_size(most, work.C_out), of_h = tiles_size(most, H), of_strip = most * kPanel;
-  Scratch scratch(of_grad + of_h + of_strip, 3);
-  float *grad = scratch.take(of_grad), *tiles = scratch.take(of_h), *strip = scratch.take(of_strip);
-  for (int64_t block = begin; block < end; ++block) {
+  const int64_t of_grad = tiles_size(most, work.C_out), of_h = tiles_size(most, H);
+  Strips strips(most);
+  Scratch scratch(of_grad + of_h, 2);
+  float *grad = scratch.take(of_grad), *tiles = scratch.take(of_h);
+  for (int64_t block; units.take(block);) {
     const int64_t row = first_row(M, work.blocks, block), rows = first_row(M, work.blocks, block + 1) - row;
-    pack_tiles(rows, work.C_out, work.grad + row * work.C_out, work.C_out, grad, tile_size(work.C_out), kSame);
+    pack_tiles(0, rows, work.C_out, work.grad + row * work.C_out, work.C_out, grad, tile_size(work.C_out), kSame);
     multiply_packed(
-        rows, H, work.C_out, grad, work.w2, nullptr, [&](int64_t) { return Strip{strip, kPanel}; },
-        [&](int64_t n, int64_t columns) {
+        rows, H, work.C_out, grad, work.w2, nullptr, [&](int64_t n) { return Strip{strips.at(n), kPanel}; },
+        [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
           const float* h = strip_of(work.h, work.h_rows, n, row);
           float* grad_h = strip_of(work.grad_h, M, n, row);
-          pack_tiles(rows, columns, strip, kPanel, tiles + n * TILE, tile_size(H),
+          pack_tiles(first, last, columns, strips.at(n), kPanel, tiles + tile_at(n), tile_size(H),
                      [&](Vector x, int64_t i, int64_t k, int64_t count) {
                        const Vector y = x * gelu_slope(load_some(h + i * kPanel + k, count));
                        store_some(grad_h + i * kPanel + k, y, count);
@@ -171,81 +188,85 @@ void mlp_gradient(const MlpGradient& work, int64_t begin, int64_t end) {
   }
 }
 
-constexpr int64_t kChunk = 512;  // rows that are multiplied at once, for the gradient of a weight
-constexpr int64_t kLeft = 98 / TILE * TILE;  // columns of its left side, at once
-constexpr int64_t kNear = 8;       // rows that are read together: the first cache holds them
+constexpr int64_t kFetched = 128 * 1024;  // numbers that may wait in the second cache
 
-// Columns of a matrix as the rows of tiles. Adds terms to sums, a vector for each tile.
-inline void pack_columns(const float* from, int64_t row, int64_t terms, int64_t columns, float* tiles, float* sums) {
-  for (int64_t begin = 0; begin < terms; begin += kNear) {
-    const int64_t end = begin + kNear < terms ? begin + kNear : terms;
-    for (int64_t n = 0, tile = 0; n < columns; n += TILE, ++tile) {
-      Vector sum = load(sums + tile * LANES);
-      for (int64_t k = begin; k < end; ++k) {
-        const Vector x = load_some(from + k * row + n, columns - n);
-        store(tiles + tile * tile_size(terms) + k * TILE, x);
-        sum += x;
-      }
-      store(sums + tile * LANES, sum);
-    }
+// Some steps of packing columns of a matrix as the rows of tiles. Adds terms to sums.
+inline void pack_left(Columns& kept, int64_t first, int64_t last, const float* from, int64_t row, int64_t terms,
+                      int64_t columns, float* tiles, float* sums) {
+  for (int64_t step = first; step < last; ++step) {
+    const int64_t k = step / kColumnSteps * kNear;
+    for (int64_t n = 0, tile = 0; n < columns; n += TILE, ++tile)
+      pack_columns(kept, step % kColumnSteps, from + k * row + n, row, terms - k < kNear ? terms - k : kNear, columns - n,
+                   tiles + tile * tile_size(terms) + tile_at(k), sums + tile * kSums);
   }
 }
 
 // Rows of some columns, as panels. Adds them to sums.
-inline void pack_rows(const WeightGradient& work, int64_t m, int64_t terms, int64_t first, int64_t last, float* panels,
-                      float* sums) {
-  for (int64_t begin = 0; begin < terms; begin += kNear) {
-    const int64_t end = begin + kNear < terms ? begin + kNear : terms;
+inline void pack_right(const WeightGradient& work, int64_t m, int64_t terms, int64_t first, int64_t last, float* panels,
+                       float* sums) {
+  for (int64_t k = 0; k < terms; k += kNear)
     for (int64_t n = first; n < last; n += kPanel) {
-      const int64_t columns = last - n < kPanel ? last - n : kPanel;
+      const int64_t columns = last - n < kPanel ? last - n : kPanel, some = terms - k < kNear ? terms - k : kNear;
       const float* from = work.b_in_strips ? strip_of(work.b, work.b_rows, n, m) : work.b + m * work.K + n;
       const int64_t row = work.b_in_strips ? kPanel : work.K;
-      for (int64_t j = 0; j < kPanel; j += LANES) {
-        Vector sum = load(sums + n - first + j);
-        for (int64_t k = begin; k < end; ++k) {
-          Vector x = j < columns ? load_some(from + k * row + j, columns - j) : Vector{};
-          if (work.gelu_b) x = gelu(x);
-          store(panels + (n - first) * kChunk + k * kPanel + j, x);
-          sum += x;
-        }
-        store(sums + n - first + j, sum);
-      }
+      float* panel = panels + (n - first) / kPanel * panel_size(kChunk) + panel_at(k);
+      const auto pack_of = [&](auto f) { pack_terms(from + k * row, row, some, columns, panel, sums + n - first, f); };
+      if (work.gelu_b)
+        pack_of([](Vector x) { return gelu(x); });
+      else
+        pack_of([](Vector x) { return x; });
     }
-  }
 }
 
-void weight_gradient(const WeightGradient& work, int64_t begin, int64_t end) {
+void weight_gradient(const WeightGradient& work, Units& units) {
   const int64_t N = work.N, K = work.K, panels = (K + kPanel - 1) / kPanel, tiles = (N + TILE - 1) / TILE;
   const int64_t most_panels = (panels + work.groups - 1) / work.groups;
-  const int64_t of_tiles = kLeft / TILE * tile_size(kChunk), of_panels = most_panels * kChunk * kPanel;
-  Scratch scratch(of_tiles + of_panels + tiles * LANES + most_panels * kPanel, 4);
-  float *tiles_of_a = scratch.take(of_tiles), *panels_of_b = scratch.take(of_panels);
-  float *a_sums = scratch.take(tiles * LANES), *b_sums = scratch.take(most_panels * kPanel);
-  for (int64_t unit = begin; unit < end; ++unit) {
+  const int64_t of_tiles = kLeft / TILE * tile_size(kChunk), of_panels = most_panels * panel_size(kChunk);
+  Scratch scratch(2 * of_tiles + of_panels + tiles * kSums + most_panels * kPanel, 4);
+  float *tiles_of_a = scratch.take(2 * of_tiles), *panels_of_b = scratch.take(of_panels);
+  Columns kept{};
+  float *a_sums = scratch.take(tiles * kSums), *b_sums = scratch.take(most_panels * kPanel);
+  for (int64_t unit; units.take(unit);) {
     const int64_t part = unit / work.groups, group = unit % work.groups;
     const int64_t first = group * panels / work.groups * kPanel, stop = (group + 1) * panels / work.groups * kPanel;
-    const int64_t last = stop < K ? stop : K;
+    const int64_t last = stop < K ? stop : K, panels_of_unit = (last - first + kPanel - 1) / kPanel;
     const int64_t from = part * work.M / work.parts, count = (part + 1) * work.M / work.parts - from;
-    const int64_t chunks = (count + kChunk - 1) / kChunk;  // as large as each other
+    const int64_t chunks = (count + kChunk - 1) / kChunk, blocks = (count + kTermsOfBlock - 1) / kTermsOfBlock;
     float* c = work.c + part * work.c_size;
-    __builtin_memset(a_sums, 0, tiles * LANES * sizeof(float));
+    __builtin_memset(a_sums, 0, tiles * kSums * sizeof(float));
     __builtin_memset(b_sums, 0, most_panels * kPanel * sizeof(float));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t m = from + chunk * count / chunks, terms = from + (chunk + 1) * count / chunks - m;
-      pack_rows(work, m, terms, first, last, panels_of_b, b_sums);
+      const int64_t m = chunk * blocks / chunks * kTermsOfBlock, next = (chunk + 1) * blocks / chunks * kTermsOfBlock;
+      const int64_t terms = (next < count ? next : count) - m;
+      pack_right(work, from + m, terms, first, last, panels_of_b, b_sums);
+      const int64_t steps = (terms + kNear - 1) / kNear * kColumnSteps;
+      const auto tiles_at = [&](int64_t n) { return tiles_of_a + n / kLeft % 2 * of_tiles; };
+      const auto rows_at = [&](int64_t n) { return N - n < kLeft ? N - n : kLeft; };
+      const auto pack_at = [&](int64_t n, int64_t begin, int64_t end) {
+        pack_left(kept, begin, end, work.a + (from + m) * N + n, N, terms, rows_at(n), tiles_at(n),
+                  a_sums + n / TILE * kSums);
+      };
+      // Of the next chunk's left side, whose rows lie one after the other, each product fetches a share.
+      const int64_t products = (N + kLeft - 1) / kLeft * panels_of_unit;
+      const int64_t lines = chunk + 1 < chunks && terms * N <= kFetched ? terms * N / kLine / products : 0;
+      const float* ahead = work.a + (from + m + terms) * N;
       for (int64_t n = 0; n < N; n += kLeft) {
-        const int64_t rows = N - n < kLeft ? N - n : kLeft;
-        pack_columns(work.a + m * N + n, N, terms, rows, tiles_of_a, a_sums + n / TILE * LANES);
+        if (!kBeside || n == 0) pack_at(n, 0, steps);
+        const auto pack_next = [&](int64_t begin, int64_t end) { pack_at(n + kLeft, begin, end); };
+        Beside beside(pack_next, 0, kBeside && n + kLeft < N ? steps : 0, panels_of_unit * steps_of(terms));
         for (int64_t k = first; k < last; k += kPanel) {
           const int64_t columns = last - k < kPanel ? last - k : kPanel;
           const Strip to = work.c_in_strips ? Strip{strip_of(c, N, k, n), kPanel} : Strip{c + n * K + k, K};
-          multiply_tiles(rows, columns, tiles_of_a, tile_size(terms), panels_of_b + (k - first) * kChunk, terms,
-                         chunk ? to.data : nullptr, to.row, to.data, to.row);
+          const float* panel = panels_of_b + (k - first) / kPanel * panel_size(kChunk);
+          multiply_tiles(rows_at(n), columns, tiles_at(n), tile_size(terms), {panel, terms, ahead, lines, work.exchanged},
+                         chunk ? to.data : nullptr, to.row, to.data, to.row, beside);
+          ahead += lines * kLine;
         }
+        beside.finish();
       }
     }
     if (group == 0)
-      for (int64_t n = 0; n < N; ++n) work.a_sums[part * N + n] = a_sums[n / TILE * LANES + n % TILE];
+      for (int64_t n = 0; n < N; ++n) work.a_sums[part * N + n] = a_sums[n / TILE * kSums + n % TILE];
     __builtin_memcpy(work.b_sums + part * K + first, b_sums, (last - first) * sizeof(float));
     for (int64_t k = first; chunks == 0 && k < last; k += kPanel)
       for (int64_t n = 0; n < N; ++n) {

@@ -13,11 +13,11 @@ namespace {
 int64_t lanes_of(const Tensor&) { return choose(0).lanes; }
 
 // Raised where callers rely on what older builds do not have.
-int64_t version_of(const Tensor&) { return 3; }
+int64_t version_of(const Tensor&) { return 4; }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
-  const Code& code = choose(lanes);
   check(x, "x", {-1, -1});
+  const Code& code = choose(lanes, x.size(0));
   check(weight, "weight", {-1, x.size(1)});
   require(weight.size(0) > 0 && weight.size(1) > 0, "weight must not be empty");
   const float* start = numbers_of_bias(bias, "bias", {weight.size(0)});
@@ -26,39 +26,43 @@ Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, i
   return y;
 }
 
-constexpr int64_t kPadding = 32;  // a multiple of all panels: what is in panels has one size for all instruction sets
+constexpr int64_t kPadding = 32;  // a multiple of all panels: what is padded has one size for all instruction sets
 
 int64_t padded(int64_t N) { return divide(N, kPadding) * kPadding; }
 
-Numbers packed_sizes(int64_t N, int64_t K) { return {padded(N), K}; }
+Numbers packed_sizes(int64_t N, int64_t K, const Code& code) { return {padded(N), code.panel_size(K) / code.panel}; }
+
+// What a row of K numbers has packed.
+int64_t packed_width(int64_t K, int64_t lanes) { return packed_sizes(1, K, choose(lanes))[1]; }
 
 Tensor pack_weight(const Tensor& weight, int64_t lanes) {
   check(weight, "weight", {-1, -1});
   require(weight.size(0) > 0 && weight.size(1) > 0, "weight must not be empty");
   const Code& code = choose(lanes);
   const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor packed = empty(weight, packed_sizes(N, K));
+  Tensor packed = empty(weight, packed_sizes(N, K, code));
   pack(Matrix{numbers(weight), N, K, true}, packed, code);
-  std::fill(numbers_of(packed) + divide(N, code.panel) * code.panel * K, numbers_of(packed) + packed.numel(), 0.0f);
+  std::fill(numbers_of(packed) + divide(N, code.panel) * code.panel_size(K), numbers_of(packed) + packed.numel(), 0.0f);
   return packed;
 }
 
 Tensor forward_packed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t N, int64_t lanes) {
+  const Code& code = choose(lanes);
   check(x, "x", {-1, -1});
   require(N > 0 && x.size(1) > 0, "weight must not be empty");
-  check(weight, "packed weight", packed_sizes(N, x.size(1)));
+  check(weight, "packed weight", packed_sizes(N, x.size(1), code));
   Tensor y = empty(x, {x.size(0), N});
-  multiply(x, numbers(weight), numbers_of_bias(bias, "bias", {N}), y, choose(lanes));
+  multiply(x, numbers(weight), numbers_of_bias(bias, "bias", {N}), y, code);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool needs_x,
                                             bool needs_weight, int64_t lanes) {
-  const Code& code = choose(lanes);
   const int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
   check(x, "x", {-1, -1});
   check(weight, "weight", {-1, K});
   check(grad, "grad", {M, N});
+  const Code& code = choose(lanes, M);
   require(N > 0 && K > 0, "weight must not be empty");
   Tensor grad_x = empty(x, {needs_x ? M : 0, K}), grad_w = empty(x, {needs_weight ? N : 0, K});
   Tensor grad_b = empty(x, {needs_weight ? N : 0});
@@ -106,10 +110,10 @@ Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const 
 
 // An MLP's pass of many rows, block by block.
 template <typename Work>
-void run_packed(void (*run)(const Work&, int64_t, int64_t), Work work, const float* w1, const float* w2) {
+void run_packed(void (*run)(const Work&, Units&), Work work, const float* w1, const float* w2, const Code& code) {
   work.w1 = w1;
   work.w2 = w2;
-  work.blocks = blocks_of(work.M, work.H);
+  work.blocks = blocks_of(work.M, work.H, code);
   hand_out(run, work, work.blocks);
 }
 
@@ -154,9 +158,9 @@ bool run_few(const Mlp& work, const FewRows& w1, const FewRows& w2, const Tensor
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1, const MaybeTensor& b1,
                                const Tensor& w2, const MaybeTensor& b2, bool across, bool keep, int64_t lanes) {
-  const Code& code = choose(lanes);
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
+  const Code& code = choose(lanes, M / std::max<int64_t>(E, 1));
   const float* first_bias = numbers_of_bias(b1, "b1", {E, H});
   const float* second_bias = numbers_of_bias(b2, "b2", {E, C_out});
   Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, padded(H)});
@@ -180,7 +184,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
       few.add(work, few_rows(first), few_rows(second), numbers_of(a) + few.rows * H);
       continue;
     }
-    run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code));
+    run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code), code);
   }
   few.run(code);
   return {y, h};
@@ -188,17 +192,17 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
 
 Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2,
                   int64_t H, int64_t C_out, int64_t lanes) {
+  const Code& code = choose(lanes);
   check(x, "x", {-1, -1});
   const int64_t M = x.size(0), C = x.size(1);
   require(C > 0 && H > 0 && C_out > 0, "w1 and w2 must not be empty");
-  check(w1, "packed w1", packed_sizes(H, C));
-  check(w2, "packed w2", packed_sizes(C_out, H));
+  check(w1, "packed w1", packed_sizes(H, C, code));
+  check(w2, "packed w2", packed_sizes(C_out, H, code));
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C_out});
   Tensor y = empty(x, {M, C_out});
   const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C_out, 0, {}, false};
-  const Code& code = choose(lanes);
   if (!run_few(work, few_rows(numbers(w1), H, C), few_rows(numbers(w2), C_out, H), x, code))
-    run_packed(code.mlp, work, numbers(w1), numbers(w2));
+    run_packed(code.mlp, work, numbers(w1), numbers(w2), code);
   return y;
 }
 
@@ -217,11 +221,11 @@ Tensor residual_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& no
   Tensor y = empty(x, {M, C});
   const Norm norm{numbers(norm_weight), numbers(norm_bias), static_cast<float>(eps)};
   const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C, 0, norm, true};
-  const Code& code = choose(lanes);
+  const Code& code = choose(lanes, M);
   const Matrix first{numbers(w1), H, C, true}, second{numbers(w2), C, H, true};
   if (M == 0 || run_few(work, few_rows(first), few_rows(second), x, code)) return y;
   Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(C, H, code)});
-  run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code));
+  run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code), code);
   return y;
 }
 
@@ -253,7 +257,7 @@ void gradients_of_many(MlpGradient work, const float* x, const Matrix& w1, const
   }
   Tensor grad_h = empty(like, {M * padded(H)});
   work.grad_h = numbers_of(grad_h);
-  run_packed(code.mlp_gradient, work, first_packed, second_packed);
+  run_packed(code.mlp_gradient, work, first_packed, second_packed, code);
   if (!to.w1) return;
   of_first(work.grad_h).run();
   of_second().run();
@@ -263,9 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
                                                                 Numbers counts, const Tensor& w1, const Tensor& w2,
                                                                 bool across, bool needs_x, bool needs_weights,
                                                                 int64_t lanes) {
-  const Code& code = choose(lanes);
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
+  const Code& code = choose(lanes, M / std::max<int64_t>(E, 1));
   check(h, "h", {M, padded(H)});
   check(grad, "grad", {M, C_out});
   const int64_t experts = needs_weights ? E : 0;
@@ -315,6 +319,7 @@ STABLE_TORCH_LIBRARY(swin_linear, m) {
   m.def("version(Tensor like) -> int");
   m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
   m.def("pack(Tensor weight, int lanes=0) -> Tensor");
+  m.def("packed_width(int K, int lanes=0) -> int");
   m.def("forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0) -> Tensor");
   m.def("mlp_packed(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int H, int N, int lanes=0) -> Tensor");
   m.def(
@@ -342,4 +347,8 @@ STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
   m.impl("backward", TORCH_BOX(&swin::backward));
   m.impl("mlp", TORCH_BOX(&swin::mlp));
   m.impl("mlp_backward", TORCH_BOX(&swin::mlp_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(swin_linear, CompositeExplicitAutograd, m) {
+  m.impl("packed_width", TORCH_BOX(&swin::packed_width));
 }

@@ -6,11 +6,12 @@
 #define SET plain
 #define LANES 4
 #define TILE 4
+#define LAYOUT "floats.h"
 #include "linear.h"
 
 namespace swin {
 
-const Code kPlain{LANES, plain::kPanel, plain::pack, plain::product, plain::few_rows, plain::mlp,
+const Code kPlain{LANES, plain::kPanel, TILE, plain::panel_size, plain::pack, plain::product, plain::few_rows, plain::mlp,
                   plain::mlp_gradient, plain::weight_gradient, plain::add_parts};
 
 }  // namespace swin

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 
 #include "call.h"
 #include "choose.h"
+#include "threads.h"
 
 namespace swin {
 
@@ -23,12 +23,16 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int64_t kRows = 192;            // of a block, at most
 constexpr int64_t kFewestRows = 24;       // at least, that make a panel worth fetching
 constexpr int64_t kFewRows = 512;         // for which packing a weight first costs more than it saves
+constexpr int64_t kRowsForParts = 96;     // for which splitting a weight into parts costs less than it saves, at least
 constexpr int64_t kTogether = 4096;       // rows of MLPs of few rows that are computed at once, at most
 constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's products: those that a cache holds
 
 inline int64_t divide(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
-inline const Code& choose(int64_t lanes) { return choose_code(kPlain, kAvx2, kAvx512, lanes); }
+// The code of so many lanes, or the one that suits so many rows: fewer do not make up for the parts of a weight.
+inline const Code& choose(int64_t lanes, int64_t rows = kRowsForParts) {
+  return choose_code(kPlain, kAvx2, kAvx512, lanes, lanes || rows >= kRowsForParts ? &kAmx : nullptr);
+}
 
 inline const float* numbers(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 inline float* numbers_of(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
@@ -51,20 +55,24 @@ inline const float* numbers_of_bias(const MaybeTensor& bias, const char* name, c
 inline Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::new_empty(like, sizes); }
 
 template <typename Work>
-inline void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t units) {
-  if (units > 0) torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+inline void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t count) {
+  share_pieces(count, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+}
+
+template <typename Work>
+inline void hand_out(void (*run)(const Work&, Units&), const Work& work, int64_t count) {
+  share_out(count, [&](Units& units) { run(work, units); });
 }
 
 inline int64_t rows_of_block(int64_t kept) {
   return std::max(kFewestRows, std::min(kRows, kHidden / std::max<int64_t>(kept, 1)));
 }
 
-// Blocks of rows, of each of which so many numbers are kept: as many for one thread as for the others. Results do not
-// depend on it, for no row depends on another.
-inline int64_t blocks_of(int64_t M, int64_t kept) {
-  const int64_t most = rows_of_block(kept);
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::min(divide(divide(M, most), threads) * threads, divide(M, kFewestRows));
+// Blocks of rows, of each of which so many numbers are kept: as many for one thread as for the others, and none without
+// rows. Results do not depend on it, for no row depends on another.
+inline int64_t blocks_of(int64_t M, int64_t kept, const Code& code,
+                         int64_t threads = torch::stable::get_num_threads()) {
+  return std::min(divide(divide(M, rows_of_block(kept)), threads) * threads, divide(M, std::max(kFewestRows, code.tile)));
 }
 
 // A matrix of rows x columns, row by row, as the right side of a product: itself, or across, so that rows are columns.
@@ -75,7 +83,7 @@ struct Matrix {
 };
 
 inline int64_t packed_size(int64_t rows, int64_t columns, const Code& code) {  // either way
-  return std::max(divide(rows, code.panel) * columns, divide(columns, code.panel) * rows) * code.panel;
+  return std::max(divide(rows, code.panel) * code.panel_size(columns), divide(columns, code.panel) * code.panel_size(rows));
 }
 
 inline Packing strides_of(const Matrix& matrix) {
@@ -94,7 +102,7 @@ inline const float* pack(const Matrix& matrix, Tensor& packed, const Code& code)
 // most panels must not get much more of the work than that with most blocks of rows would. No result depends on it.
 inline bool are_few(int64_t M, int64_t N, const Code& code) {
   if (M > kFewRows || M == 0) return false;
-  const int64_t threads = torch::stable::get_num_threads(), panels = divide(N, code.panel), blocks = blocks_of(M, 1);
+  const int64_t threads = torch::stable::get_num_threads(), panels = divide(N, code.panel), blocks = blocks_of(M, 1, code);
   return 4 * divide(panels, threads) * blocks <= 5 * divide(blocks, threads) * panels;
 }
 
@@ -141,7 +149,7 @@ inline void multiply(const std::vector<FewRows>& works, const Code& code) {
 inline void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
   const int64_t M = a.size(0), N = c.size(1), K = a.size(1);
   if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), numbers(a), M, bias, numbers_of(c))}, code);
-  const Product work{numbers(a), packed, bias, numbers_of(c), M, N, K, blocks_of(M, 1)};
+  const Product work{numbers(a), packed, bias, numbers_of(c), M, N, K, blocks_of(M, 1, code)};
   hand_out(code.product, work, work.blocks);
 }
 
