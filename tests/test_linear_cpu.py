@@ -366,6 +366,20 @@ def test_compiled_layers_are_the_same(operators, bias, recomputing):
         assert torch.equal(fast(x), layer(x))
 
 
+def test_compiled_programs_name_the_width_of_packed_weights(operators):
+    """So that a compiler's cache does not take what was compiled for one instruction set for another."""
+    layer, graphs = Linear(16, 24), []
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(3, 16))
+    (line,) = (line for line in graphs[0].splitlines() if "swin.pack_weight.default" in line)
+    assert f", {operators.packed_width(16)})" in line
+
+
 def test_packed_weights_give_the_same_bits(operators):
     torch.manual_seed(0)
     for count in lanes(operators):
@@ -427,8 +441,9 @@ def test_opcheck(operators, bias):
     x, weight, w2 = (part.detach() for part in (x, weight, w2))
     grad_h, grad, hidden = torch.randn(6, 5), torch.randn(6, 3), compiled.mlp(x, weight, None, w2, None)[1]
     torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None))
-    torch.library.opcheck(compiled.pack_weight, (weight,))
-    packed1, packed2 = compiled.pack_weight(weight), compiled.pack_weight(w2)
+    widths = [compiled.packed_width(part.shape[1]) for part in (weight, w2)]
+    torch.library.opcheck(compiled.pack_weight, (weight, widths[0]))
+    packed1, packed2 = compiled.pack_weight(weight, widths[0]), compiled.pack_weight(w2, widths[1])
     b1, b2 = (part if part is None else part.detach() for part in (b1, b2))
     torch.library.opcheck(compiled.linear_packed, (x, packed1, b1, 5))
     torch.library.opcheck(compiled.mlp_packed, (x, packed1, b1, packed2, b2, 5, 3))

@@ -76,14 +76,17 @@ def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Ten
 def _compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         return operators.linear(rows, weight, bias)
-    return operators.linear_packed(rows, operators.pack_weight(weight), bias, weight.shape[0])
+    return operators.linear_packed(rows, _packed(weight), bias, weight.shape[0])
 
 
 def _compiled_mlp(rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         return operators.mlp(rows, w1, b1, w2, b2)[0]
-    packed1, packed2 = operators.pack_weight(w1), operators.pack_weight(w2)
-    return operators.mlp_packed(rows, packed1, b1, packed2, b2, w1.shape[0], w2.shape[0])
+    return operators.mlp_packed(rows, _packed(w1), b1, _packed(w2), b2, w1.shape[0], w2.shape[0])
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return operators.pack_weight(weight, operators.packed_width(weight.shape[1]))
 
 
 def _mlps(

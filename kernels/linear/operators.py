@@ -39,15 +39,24 @@ def _(grad, x, weight, needs_x, needs_weight):
 
 
 @torch.library.custom_op("swin::pack_weight", mutates_args=())
-def pack_weight(weight: Tensor) -> Tensor:
-    """(N, C) as this processor's kernels read it: in their order and parts, with zeros up to a multiple of 32 rows."""
+def pack_weight(weight: Tensor, width: int) -> Tensor:
+    """(N, C) as this processor's kernels read it: in their order and parts, with zeros up to a multiple of 32 rows.
+
+    Args:
+        width: of the result, `packed_width` of C. Compiled programs hold it, so that compilers' caches, which machines
+            may share, do not take one processor's program for another's.
+    """
     return torch.ops.swin_linear.pack(weight.contiguous())
 
 
+@torch.compiler.assume_constant_result
+def packed_width(C: int) -> int:
+    return torch.ops.swin_linear.packed_width(C)
+
+
 @pack_weight.register_fake
-def _(weight):
-    N, C = weight.shape
-    return weight.new_empty((N + 31) // 32 * 32, torch.ops.swin_linear.packed_width(C))
+def _(weight, width):
+    return weight.new_empty((weight.shape[0] + 31) // 32 * 32, width)
 
 
 @torch.library.custom_op("swin::linear_packed", mutates_args=())
