@@ -9,7 +9,8 @@ namespace swin {
 // Taken piece by piece; each begins at a cache line.
 class Scratch {
  public:
-  Scratch(int64_t floats, int64_t pieces) : memory_(new char[floats * sizeof(float) + 64 * (pieces + 1)]), next_(memory_) {}
+  Scratch(int64_t floats, int64_t pieces)
+      : memory_(new char[floats * sizeof(float) + 64 * (pieces + 1)]), next_(memory_) {}
   ~Scratch() { delete[] memory_; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

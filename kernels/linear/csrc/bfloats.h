@@ -16,7 +16,7 @@ constexpr int64_t kRegister = LANES * LANES;   // floats' room of a tile registe
 constexpr int64_t kParts = 3, kPart = 2 * kRegister, kBlock = kParts * kPart;
 static_assert(TILE == kPanel && LANES == 16);
 
-// While tile registers are multiplied, 16 cycles each, vectors are free for other work.
+// While tile registers are multiplied, 16 cycles each, vectors are free for other work, at half their rate.
 constexpr bool kBeside = true;
 constexpr int64_t kSteps = 6;  // of a block
 constexpr int64_t steps_of(int64_t terms) { return (terms + kTermsOfBlock - 1) / kTermsOfBlock * kSteps; }

@@ -95,7 +95,7 @@ struct Parts {
 // Units from begin to end, or those that the thread takes. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of
 // rows. WeightGradient: part * groups + group. Parts: strips.
 struct Code {
-  int64_t lanes;  // numbers of a vector; 0 where the compiler cannot make it
+  int64_t lanes;  // numbers of a vector, or of a tile register; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel
   int64_t tile;   // rows of a tile
   int64_t (*panel_size)(int64_t terms);  // numbers' room

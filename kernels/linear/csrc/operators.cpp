@@ -9,7 +9,7 @@
 namespace swin {
 namespace {
 
-// Numbers of a vector, of the code that is chosen; the tensor says on which device.
+// Numbers of a vector, or of a tile register, of the code that is chosen; the tensor says on which device.
 int64_t lanes_of(const Tensor&) { return choose(0).lanes; }
 
 // Raised where callers rely on what older builds do not have.
