@@ -1,4 +1,4 @@
-"""Linear layers in float32 on CPUs on which something is faster than PyTorch's default library.
+"""Linear layers on CPUs on which something is faster than PyTorch's default library.
 
 On Intel's with AVX-512 and AMD's without, that is this project's kernels, where they are built (kernels/linear): they
 come nearer to what the processor can do, and compute GELU, forward and backward, while its numbers are in the cache. On
@@ -35,6 +35,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by the kernels or oneDNN where they are faster."""
+    if takes_bfloats(x, weight) and _is_enough(x, weight, 0, False):
+        return kernel.linear(x.to(torch.bfloat16), weight, bias)
     if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
     if kernel_is_faster() and _is_enough(x, weight, LEAST_WORK, _needs_grad(x, weight, bias)):
@@ -52,6 +54,8 @@ def mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: nn.Mod
     """``fc2(drop(act(fc1(x))))``, in one call of the kernels where nobody watches what is between."""
     if not fuses_mlp(x, fc1, act, drop, fc2):
         return fc2(drop(linear_act(x, fc1, act)))
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.bfloat16)
     return kernel.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
@@ -62,7 +66,7 @@ def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: 
         and type(drop) is nn.Dropout
         and not (is_hooked(fc2) or is_hooked(drop) or (drop.training and drop.p > 0))
         and _is_linear_gelu(fc1, act)
-        and takes_kernel(x, fc1.weight, fc2.weight)
+        and (takes_kernel(x, fc1.weight, fc2.weight) or takes_bfloats(x, fc1.weight, fc2.weight))
         and _is_enough(x, fc1.weight, LEAST_WORK_OF_MLP, _needs_grad(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias))
     )
 
@@ -78,15 +82,32 @@ def fuses_residual_mlp(
         and norm.bias is not None
         and not (is_hooked(norm) or is_hooked(drop_path) or (drop_path.training and type(drop_path) is not nn.Identity))
         and fuses_mlp(x, fc1, act, drop, fc2)
-        and _is_plain(x, norm.weight)
+        and norm.weight.dtype == torch.float32
+        and (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
         and fc2.out_features == x.shape[-1]
         and not _needs_grad(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     )
 
 
 def takes_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels multiply ``x`` by these weights."""
+    """Whether the kernels multiply ``x`` by these weights, in float32."""
     return all(_is_plain(x, weight) for weight in weights) and kernel_is_faster()
+
+
+def takes_bfloats(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the kernels multiply ``x`` by these weights in bfloat16: under autocast, without gradients."""
+    return (
+        autocasts_to_bfloats()
+        and not torch.is_grad_enabled()
+        and all(_is_on_cpu(x, weight) for weight in weights)
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and kernel_is_faster()
+    )
+
+
+def autocasts_to_bfloats() -> bool:
+    """Whether autocast asks for bfloat16 on a CPU for which the kernels have it."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16 and kernel.BFLOATS > 0
 
 
 def linear_act(x: Tensor, layer: nn.Module, act: nn.Module) -> Tensor:
@@ -140,16 +161,20 @@ def _has_no_level() -> bool:
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a layer in float32 on a CPU, computed here and now or compiled for it."""
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _is_on_cpu(x, weight)
+
+
+def _is_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is a layer with a weight in float32 on a CPU, computed here and now or compiled for it."""
     return (
         (torch.compiler.is_compiling() or runs_plainly())
         and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and weight.dtype == torch.float32
         and weight.layout == torch.strided
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # not one that is quantised or sharded
         and x.numel() > 0
         and weight.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

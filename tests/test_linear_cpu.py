@@ -38,6 +38,7 @@ def built(request):
 def operators(built, monkeypatch):
     """The operators; models use them, whatever this processor is."""
     monkeypatch.setattr(kernel, "PROBLEM", "")
+    monkeypatch.setattr(kernel, "BFLOATS", torch.ops.swin_linear.lanes(torch.empty(0, dtype=torch.bfloat16)))
     monkeypatch.setattr(module, "is_amd", lambda: True)
     monkeypatch.setattr(module, "has_avx512", lambda: False)
     for name in ("FEWEST_ROWS", "LEAST_WORK", "LEAST_WORK_OF_MLP"):
@@ -377,7 +378,7 @@ def test_compiled_programs_name_the_width_of_packed_weights(operators):
     with torch.no_grad():
         torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(3, 16))
     (line,) = (line for line in graphs[0].splitlines() if "swin.pack_weight.default" in line)
-    assert f", {operators.packed_width(16)})" in line
+    assert f", 0, {operators.packed_width(16)})" in line
 
 
 def test_packed_weights_give_the_same_bits(operators):
@@ -441,9 +442,9 @@ def test_opcheck(operators, bias):
     x, weight, w2 = (part.detach() for part in (x, weight, w2))
     grad_h, grad, hidden = torch.randn(6, 5), torch.randn(6, 3), compiled.mlp(x, weight, None, w2, None)[1]
     torch.library.opcheck(compiled.mlp, (x, weight, None, w2, None))
-    widths = [compiled.packed_width(part.shape[1]) for part in (weight, w2)]
-    torch.library.opcheck(compiled.pack_weight, (weight, widths[0]))
-    packed1, packed2 = compiled.pack_weight(weight, widths[0]), compiled.pack_weight(w2, widths[1])
+    widths = [compiled.packed_width(part.shape[1], 0) for part in (weight, w2)]
+    torch.library.opcheck(compiled.pack_weight, (weight, 0, widths[0]))
+    packed1, packed2 = compiled.pack_weight(weight, 0, widths[0]), compiled.pack_weight(w2, 0, widths[1])
     b1, b2 = (part if part is None else part.detach() for part in (b1, b2))
     torch.library.opcheck(compiled.linear_packed, (x, packed1, b1, 5))
     torch.library.opcheck(compiled.mlp_packed, (x, packed1, b1, packed2, b2, 5, 3))

@@ -38,6 +38,19 @@ inline bool may_use_tiles() {
 #endif
 }
 
+// Whether its vectors convert to bfloat16, which all of those processors do, but not all machines that they pretend to be.
+inline bool converts_to_bfloats() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool converts = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));  // AVX512-BF16
+  }();
+  return converts;
+#else
+  return false;
+#endif
+}
+
 // The widest code that the compiler made and this processor runs; or the one of so many lanes, if it is that.
 template <typename Code>
 const Code& choose_code(const Code& plain, const Code& avx2, const Code& avx512, int64_t lanes,

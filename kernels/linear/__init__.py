@@ -1,4 +1,5 @@
-"""Linear layers and MLPs in float32 on CPUs, forward and backward, by the extension ``swin_linear`` (``csrc/``).
+"""Linear layers and MLPs on CPUs by the extension ``swin_linear`` (``csrc/``): in float32, forward and backward; where
+`BFLOATS` says so, in bfloat16 without gradients, of weights and biases in float32.
 
 M rows of C channels, H hidden units. An MLP's values between its two products stay in the cache, but for those of few
 rows: GELU is computed there, forward and backward, and only what it is of is kept for the backward pass. Gradients are
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from . import operators
 
 INSTALL = "pip install ./kernels/linear --no-build-isolation"
-VERSION = 4  # of the extension: it says how wide packed weights are
+VERSION = 5  # of the extension: it takes bfloat16
 
 try:
     import swin_linear  # noqa: F401 - loads the operators
@@ -26,9 +27,12 @@ try:
 except (ImportError, OSError) as err:  # OSError: a library that this PyTorch cannot load
     PROBLEM = f"the extension for linear layers is not built: {' '.join(str(err).split())}; {INSTALL}"
 
+# Numbers of a tile register of this processor, which says what packed weights are like; 0 where there are none.
+BFLOATS = 0 if PROBLEM else torch.ops.swin_linear.lanes(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of float32 on a CPU: (..., C), (N, C) and (N,) to (..., N)."""
+    """``F.linear`` on a CPU: (..., C), (N, C) and (N,) to (..., N)."""
     if torch.compiler.is_compiling():
         return _compiled_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
     rows, weight = _rows(x), weight.contiguous()
@@ -41,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """``F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)`` of float32 on a CPU: (..., C) to (..., N).
+    """``F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)`` on a CPU: (..., C) to (..., N).
 
     Args:
         w1: (H, C).
@@ -55,7 +59,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None)
 
 
 def residual_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """``x + fc2(F.gelu(fc1(norm(x))))`` of float32 on a CPU, without gradients: (..., C) to (..., C)."""
+    """``x + fc2(F.gelu(fc1(norm(x))))`` on a CPU, without gradients: (..., C) to (..., C)."""
     parts = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     arguments = (part.contiguous() if isinstance(part, Tensor) else part for part in parts)
     return torch.ops.swin_linear.residual_mlp(_rows(x), *arguments).view(x.shape)
@@ -76,17 +80,20 @@ def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Ten
 def _compiled_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         return operators.linear(rows, weight, bias)
-    return operators.linear_packed(rows, _packed(weight), bias, weight.shape[0])
+    return operators.linear_packed(rows, _packed(weight, rows), bias, weight.shape[0])
 
 
 def _compiled_mlp(rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         return operators.mlp(rows, w1, b1, w2, b2)[0]
-    return operators.mlp_packed(rows, _packed(w1), b1, _packed(w2), b2, w1.shape[0], w2.shape[0])
+    packed = _packed(w1, rows), b1, _packed(w2, rows), b2
+    return operators.mlp_packed(rows, *packed, w1.shape[0], w2.shape[0])
 
 
-def _packed(weight: Tensor) -> Tensor:
-    return operators.pack_weight(weight, operators.packed_width(weight.shape[1]))
+def _packed(weight: Tensor, rows: Tensor) -> Tensor:
+    """As products with ``rows`` read it."""
+    lanes = BFLOATS if rows.dtype == torch.bfloat16 else 0
+    return operators.pack_weight(weight, lanes, operators.packed_width(weight.shape[1], lanes))
 
 
 def _mlps(

@@ -39,23 +39,24 @@ def _(grad, x, weight, needs_x, needs_weight):
 
 
 @torch.library.custom_op("swin::pack_weight", mutates_args=())
-def pack_weight(weight: Tensor, width: int) -> Tensor:
+def pack_weight(weight: Tensor, lanes: int, width: int) -> Tensor:
     """(N, C) as this processor's kernels read it: in their order and parts, with zeros up to a multiple of 32 rows.
 
     Args:
+        lanes: those of the code that reads it; 0 for this processor's for float32.
         width: of the result, `packed_width` of C. Compiled programs hold it, so that compilers' caches, which machines
             may share, do not take one processor's program for another's.
     """
-    return torch.ops.swin_linear.pack(weight.contiguous())
+    return torch.ops.swin_linear.pack(weight.contiguous(), lanes)
 
 
 @torch.compiler.assume_constant_result
-def packed_width(C: int) -> int:
-    return torch.ops.swin_linear.packed_width(C)
+def packed_width(C: int, lanes: int) -> int:
+    return torch.ops.swin_linear.packed_width(C, lanes)
 
 
 @pack_weight.register_fake
-def _(weight, width):
+def _(weight, lanes, width):
     return weight.new_empty((weight.shape[0] + 31) // 32 * 32, width)
 
 

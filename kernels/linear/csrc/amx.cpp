@@ -8,19 +8,11 @@
 #define SET amx
 #define LANES 16
 #define TILE 32
-#define LAYOUT "bfloats.h"
+#define LAYOUT "split_floats.h"
 #include "linear.h"
+#include "backward.h"
 
 namespace swin {
-namespace {
-
-template <auto RUN, typename Work, typename... Share>
-void with_registers(const Work& work, Share... share) {
-  amx::Registers registers;
-  RUN(work, share...);
-}
-
-}  // namespace
 
 // Lanes are those of a tile register.
 const Code kAmx{256,
@@ -28,11 +20,11 @@ const Code kAmx{256,
                 TILE,
                 amx::panel_size,
                 amx::pack,
-                with_registers<amx::product, Product, Units&>,
-                with_registers<amx::few_rows, FewRows, int64_t, int64_t>,
-                with_registers<amx::mlp, Mlp, Units&>,
-                with_registers<amx::mlp_gradient, MlpGradient, Units&>,
-                with_registers<amx::weight_gradient, WeightGradient, Units&>,
+                amx::with_registers<amx::product, Product, Units&>,
+                amx::with_registers<amx::few_rows, FewRows, int64_t, int64_t>,
+                amx::with_registers<amx::mlp, Mlp, Units&>,
+                amx::with_registers<amx::mlp_gradient, MlpGradient, Units&>,
+                amx::with_registers<amx::weight_gradient, WeightGradient, Units&>,
                 amx::add_parts};
 
 }  // namespace swin

@@ -10,6 +10,7 @@
 #define TILE 6
 #define LAYOUT "floats.h"
 #include "linear.h"
+#include "backward.h"
 
 namespace swin {
 

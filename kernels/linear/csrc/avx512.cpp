@@ -10,6 +10,7 @@
 #define TILE 14
 #define LAYOUT "floats.h"
 #include "linear.h"
+#include "backward.h"
 
 namespace swin {
 

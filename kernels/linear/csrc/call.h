@@ -1,5 +1,5 @@
-// The work of linear layers on a CPU, behind plain pointers, and the code of each instruction set that does it. All
-// numbers are floats, all matrices row by row. A packed matrix is in panels: see panels.h. One in strips has all rows of
+// The work of linear layers on a CPU, behind plain pointers, and the code of each instruction set that does it. Numbers are
+// floats; those behind void pointers are bfloat16 where the code takes that. All matrices are row by row. A packed matrix is in panels: see panels.h. One in strips has all rows of
 // the first kPanel columns, then those of the next, so that what is computed strip by strip lies so in memory.
 // The last strip is as wide as the others; what it has beyond the last column means nothing.
 
@@ -20,10 +20,10 @@ struct Packing {
 
 // c (M x N) = a (M x K) b + bias.
 struct Product {
-  const float* a;
+  const void* a;
   const float* b;     // packed
   const float* bias;  // N, or null
-  float* c;
+  void* c;
   int64_t M, N, K, blocks;  // of rows
 };
 
@@ -34,28 +34,28 @@ struct Norm {
 };
 
 // The same of few rows: a panel of b serves all of them while the cache holds it, and is packed only then.
-// With gelu_of also what GELU makes of c, M x N; with slope_of, M x N in strips, c times GELU's slope there.
+// With gelu_of what GELU makes of c, M x N, where bfloat16 are taken instead of c; with slope_of, M x N in strips, c times GELU's slope there.
 struct FewRows {
-  const float* a;
+  const void* a;
   const float* b;          // by its strides; packed before where b_term is 0
   int64_t b_term, b_column;
   const float* bias;       // N, or null
-  float* c;
-  bool c_in_strips;
-  float* gelu_of;          // or null; may be c
+  void* c;
+  bool c_in_strips;        // of floats
+  void* gelu_of;           // or null; may be c
   const float* slope_of;   // or null
   int64_t M, N, K;
   Norm norm;               // of a
-  const float* added;      // M x N, to c; or null
+  const void* added;       // M x N, to c; or null
 };
 
 // An MLP of C, H and C_out channels: a = gelu(x w1 + b1), y = a w2 + b2. A block's a stays in the cache.
 struct Mlp {
-  const float* x;         // M x C
+  const void* x;          // M x C
   const float *w1, *w2;   // packed
   const float *b1, *b2;   // or null
   float* h;               // M x H in strips, of this instruction set: what gelu is of; or null
-  float* y;               // M x C_out
+  void* y;                // M x C_out
   int64_t M, C, H, C_out, blocks;
   Norm norm;              // of x
   bool residual;          // adds x to y
@@ -93,7 +93,7 @@ struct Parts {
 };
 
 // Units from begin to end, or those that the thread takes. Packing, FewRows: panels. Product, Mlp, MlpGradient: blocks of
-// rows. WeightGradient: part * groups + group. Parts: strips.
+// rows. WeightGradient: part * groups + group. Parts: strips. Of bfloat16 there is no backward pass, nor c_in_strips and h.
 struct Code {
   int64_t lanes;  // numbers of a vector, or of a tile register; 0 where the compiler cannot make it
   int64_t panel;  // columns of a panel
@@ -109,6 +109,6 @@ struct Code {
 };
 
 // Each in a file of its own, compiled for that instruction set. Data alone: what asks the processor is compiled for any.
-extern const Code kPlain, kAvx2, kAvx512, kAmx;
+extern const Code kPlain, kAvx2, kAvx512, kAmx, kAmxBFloats;
 
 }  // namespace swin

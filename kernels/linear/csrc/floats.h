@@ -2,6 +2,8 @@
 // term its rows, zeros below the last, whose sums the registers hold; so one address serves all rows, and what follows in
 // memory is what comes next. No include guard, as of vector.h.
 
+typedef float Number;  // what rows, and results, are of
+
 constexpr int64_t kPanel = 2 * LANES;
 constexpr int64_t kTerms = 1024;  // of a panel at once
 constexpr int64_t kTermsOfBlock = 1;

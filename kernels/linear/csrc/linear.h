@@ -8,16 +8,15 @@ namespace SET {
 #include "gelu.h"
 #include "panels.h"
 
+// Whether sums lie where the result does, for it is of floats.
+constexpr bool kInPlace = sizeof(Number) == sizeof(float);
+
 // to = f(from, to) over a strip of columns.
-template <typename F>
-inline void map_strip(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row,
-                      F f) {
-  for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) {
-    int64_t j = 0;
-    for (; j + LANES <= columns; j += LANES) store(to + j, f(load(from + j), load(to + j)));
-    if (j == columns) continue;
-    store_some(to + j, f(load_some(from + j, columns - j), load_some(to + j, columns - j)), columns - j);
-  }
+template <typename T, typename F>
+inline void map_strip(int64_t rows, int64_t columns, const float* from, int64_t from_row, T* to, int64_t to_row, F f) {
+  for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row)
+    for (int64_t j = 0; j < columns; j += LANES)
+      store_some(to + j, f(load_some(from + j, columns - j), load_some(to + j, columns - j)), columns - j);
 }
 
 // The first row of a block; the blocks differ by a tile at most.
@@ -36,25 +35,14 @@ void pack(const Packing& work, int64_t begin, int64_t end) {
 
 // Not functions: so each has code of its own where it is passed on.
 constexpr auto kSame = [](Vector x, int64_t, int64_t, int64_t) { return x; };
-constexpr auto kGelu = [](Vector x, int64_t, int64_t, int64_t) { return gelu(x); };
-
-void product(const Product& work, Units& units) {
-  Scratch scratch(tiles_size(most_rows(work.M, work.blocks), work.K), 1);
-  float* a = scratch.take(tiles_size(most_rows(work.M, work.blocks), work.K));
-  for (int64_t block; units.take(block);) {
-    const int64_t row = first_row(work.M, work.blocks, block);
-    const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
-    pack_tiles(0, rows, work.K, work.a + row * work.K, work.K, a, tile_size(work.K), kSame);
-    multiply_packed(rows, work.N, work.K, a, work.b, work.bias, work.c + row * work.N);
-  }
-}
+constexpr auto kGelu = [](Vector x, int64_t, int64_t, int64_t) { return kInPlace ? gelu(x) : gelu_for_bfloats(x); };
 
 // How the numbers of normalised rows come about: what is taken from a row's, and what they are multiplied by.
 struct RowScale {
   float mean, factor;
 };
 
-inline void scale_rows(const Norm& norm, int64_t rows, int64_t columns, const float* x, RowScale* scales) {
+inline void scale_rows(const Norm& norm, int64_t rows, int64_t columns, const Number* x, RowScale* scales) {
   for (int64_t i = 0; norm.weight && i < rows; ++i, x += columns) {
     Vector sums = {};
     for (int64_t j = 0; j < columns; j += LANES) sums += load_some(x + j, columns - j);
@@ -73,17 +61,13 @@ inline void scale_rows(const Norm& norm, int64_t rows, int64_t columns, const fl
 
 // pack_tiles of columns from k on, normalised.
 inline void pack_normed(const Norm& norm, const RowScale* scales, int64_t rows, int64_t columns, int64_t first,
-                        const float* from, int64_t from_row, float* tiles) {
+                        const Number* from, int64_t from_row, float* tiles) {
   if (!norm.weight) return pack_tiles(0, rows, columns, from, from_row, tiles, tile_size(columns), kSame);
   pack_tiles(0, rows, columns, from, from_row, tiles, tile_size(columns),
              [&](Vector x, int64_t i, int64_t k, int64_t count) {
                const Vector weight = load_some(norm.weight + first + k, count);
                return (x - scales[i].mean) * (weight * scales[i].factor) + load_some(norm.bias + first + k, count);
              });
-}
-
-inline void add_strip(int64_t rows, int64_t columns, const float* from, float* to, int64_t row) {
-  map_strip(rows, columns, from, row, to, row, [](Vector x, Vector y) { return x + y; });
 }
 
 // Columns from n on of a matrix of M rows in strips, from some row on.
@@ -104,19 +88,74 @@ class Strips {
   float* data_;
 };
 
+template <typename T>
+inline float* place_of([[maybe_unused]] T* c) {
+  if constexpr (kInPlace)
+    return c;
+  else
+    return nullptr;
+}
+
+// c = sums, plus `added` if there is any; c and `added` are of some columns of N.
+inline void finish_strip(int64_t rows, int64_t columns, const float* sums, int64_t row, const Number* added, Number* c,
+                         int64_t N) {
+  if (kInPlace && !added) return;
+  for (int64_t i = 0; i < rows; ++i, sums += row, c += N)
+    for (int64_t j = 0; j < columns; j += LANES) {
+      Vector x = load_some(sums + j, columns - j);
+      if (added) x += load_some(added + i * N + j, columns - j);
+      store_some(c + j, x, columns - j);
+    }
+}
+
+// c (rows x N) = a (rows x K) b + bias + added, a in tiles, b packed, null for what is not there.
+inline void multiply_into(int64_t rows, int64_t N, int64_t K, const float* a, const float* packed, const float* bias,
+                          const Number* added, Number* c, const Strips& strips) {
+  const auto to = [&](int64_t n) { return kInPlace ? Strip{place_of(c) + n, N} : Strip{strips.at(n), kPanel}; };
+  multiply_packed(rows, N, K, a, packed, bias, to, [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
+    const int64_t from = first * N + n;
+    const Strip sums = to(n);
+    finish_strip(last - first, columns, sums.data + first * sums.row, sums.row, added ? added + from : nullptr, c + from, N);
+  });
+}
+
+void product(const Product& work, Units& units) {
+  const int64_t most = most_rows(work.M, work.blocks);
+  Strips strips(kInPlace ? 0 : most);
+  Scratch scratch(tiles_size(most, work.K), 1);
+  float* tiles = scratch.take(tiles_size(most, work.K));
+  const Number* a = static_cast<const Number*>(work.a);
+  Number* c = static_cast<Number*>(work.c);
+  for (int64_t block; units.take(block);) {
+    const int64_t row = first_row(work.M, work.blocks, block);
+    const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
+    pack_tiles(0, rows, work.K, a + row * work.K, work.K, tiles, tile_size(work.K), kSame);
+    multiply_into(rows, work.N, work.K, tiles, work.b, work.bias, nullptr, c + row * work.N, strips);
+  }
+}
+
 void few_rows(const FewRows& work, int64_t begin, int64_t end) {
   const int64_t M = work.M, N = work.N, K = work.K, most = K < kTerms ? K : kTerms;
-  Scratch scratch(tiles_size(M, most) + panel_size(most) + 2 * M, 3);
+  const int64_t strips = kInPlace ? 0 : most < K ? end - begin : 1;  // of sums that wait for more terms
+  Scratch scratch(tiles_size(M, most) + panel_size(most) + 2 * M + strips * M * kPanel, 4);
   float *tiles = scratch.take(tiles_size(M, most)), *packed = scratch.take(panel_size(most));
+  float* sums = scratch.take(strips * M * kPanel);
   RowScale* scales = scratch.take<RowScale>(M);
   Nothing nothing;
-  scale_rows(work.norm, M, K, work.a, scales);
+  const Number *a = static_cast<const Number*>(work.a), *added = static_cast<const Number*>(work.added);
+  Number *to = static_cast<Number*>(work.c), *gelu_of = static_cast<Number*>(work.gelu_of);
+  const auto sums_of = [&](int64_t n) {
+    if (work.c_in_strips) return Strip{strip_of(static_cast<float*>(work.c), M, n, 0), kPanel};
+    if (kInPlace) return Strip{place_of(to) + n, N};
+    return Strip{sums + (most < K ? n / kPanel - begin : 0) * M * kPanel, kPanel};
+  };
+  scale_rows(work.norm, M, K, a, scales);
   for (int64_t k = 0; k < K; k += kTerms) {
     const int64_t terms = K - k < kTerms ? K - k : kTerms;
-    pack_normed(work.norm, scales, M, terms, k, work.a + k, K, tiles);
+    pack_normed(work.norm, scales, M, terms, k, a + k, K, tiles);
     for (int64_t n = begin * kPanel; n < end * kPanel && n < N; n += kPanel) {
       const int64_t columns = N - n < kPanel ? N - n : kPanel;
-      const Strip c = work.c_in_strips ? Strip{strip_of(work.c, M, n, 0), kPanel} : Strip{work.c + n, N};
+      const Strip c = sums_of(n);
       const float* panel = work.b + n / kPanel * panel_size(K) + panel_at(k);
       if (work.b_term) {
         pack_panel(work.b + k * work.b_term + n * work.b_column, work.b_term, work.b_column, terms, columns, packed);
@@ -125,12 +164,13 @@ void few_rows(const FewRows& work, int64_t begin, int64_t end) {
       multiply_tiles(M, columns, tiles, tile_size(terms), {panel, terms, nullptr, 0, false},
                      k ? c.data : work.bias ? work.bias + n : nullptr, k ? c.row : 0, c.data, c.row, nothing);
       if (k + terms < K) continue;
-      if (work.added) add_strip(M, columns, work.added + n, c.data, N);
-      if (work.gelu_of)
-        map_strip(M, columns, c.data, c.row, work.gelu_of + n, N, [](Vector x, Vector) { return gelu(x); });
-      if (work.slope_of)
+      if (gelu_of)
+        map_strip(M, columns, c.data, c.row, gelu_of + n, N, [](Vector x, Vector) { return kGelu(x, 0, 0, 0); });
+      else if (work.slope_of)
         map_strip(M, columns, strip_of(work.slope_of, M, n, 0), kPanel, c.data, c.row,
                   [](Vector x, Vector grad) { return grad * gelu_slope(x); });
+      else
+        finish_strip(M, columns, c.data, c.row, added ? added + n : nullptr, to + n, N);
     }
   }
 }
@@ -145,8 +185,8 @@ void mlp(const Mlp& work, Units& units) {
   for (int64_t block; units.take(block);) {
     const int64_t row = first_row(work.M, work.blocks, block);
     const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
-    const float* x = work.x + row * work.C;
-    float* y = work.y + row * work.C_out;
+    const Number* x = static_cast<const Number*>(work.x) + row * work.C;
+    Number* y = static_cast<Number*>(work.y) + row * work.C_out;
     scale_rows(work.norm, rows, work.C, x, scales);
     pack_normed(work.norm, scales, rows, work.C, 0, x, work.C, tiles);
     const auto h = [&](int64_t n) { return Strip{work.h ? strip_of(work.h, work.M, n, row) : strips.at(n), kPanel}; };
@@ -154,148 +194,7 @@ void mlp(const Mlp& work, Units& units) {
                     [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
                       pack_tiles(first, last, columns, h(n).data, kPanel, a + tile_at(n), tile_size(work.H), kGelu);
                     });
-    multiply_packed(
-        rows, work.C_out, work.H, a, work.w2, work.b2, [&](int64_t n) { return Strip{y + n, work.C_out}; },
-        [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
-          const int64_t from = first * work.C_out + n;
-          if (work.residual) add_strip(last - first, columns, x + from, y + from, work.C_out);
-        });
-  }
-}
-
-void mlp_gradient(const MlpGradient& work, Units& units) {
-  const int64_t most = most_rows(work.M, work.blocks), M = work.M, H = work.H;
-  const int64_t of_grad = tiles_size(most, work.C_out), of_h = tiles_size(most, H);
-  Strips strips(most);
-  Scratch scratch(of_grad + of_h, 2);
-  float *grad = scratch.take(of_grad), *tiles = scratch.take(of_h);
-  for (int64_t block; units.take(block);) {
-    const int64_t row = first_row(M, work.blocks, block), rows = first_row(M, work.blocks, block + 1) - row;
-    pack_tiles(0, rows, work.C_out, work.grad + row * work.C_out, work.C_out, grad, tile_size(work.C_out), kSame);
-    multiply_packed(
-        rows, H, work.C_out, grad, work.w2, nullptr, [&](int64_t n) { return Strip{strips.at(n), kPanel}; },
-        [&](int64_t n, int64_t columns, int64_t first, int64_t last) {
-          const float* h = strip_of(work.h, work.h_rows, n, row);
-          float* grad_h = strip_of(work.grad_h, M, n, row);
-          pack_tiles(first, last, columns, strips.at(n), kPanel, tiles + tile_at(n), tile_size(H),
-                     [&](Vector x, int64_t i, int64_t k, int64_t count) {
-                       const Vector y = x * gelu_slope(load_some(h + i * kPanel + k, count));
-                       store_some(grad_h + i * kPanel + k, y, count);
-                       return y;
-                     });
-        });
-    if (work.grad_x) multiply_packed(rows, work.C, H, tiles, work.w1, nullptr, work.grad_x + row * work.C);
-  }
-}
-
-constexpr int64_t kFetched = 128 * 1024;  // numbers that may wait in the second cache
-
-// Some steps of packing columns of a matrix as the rows of tiles. Adds terms to sums.
-inline void pack_left(Columns& kept, int64_t first, int64_t last, const float* from, int64_t row, int64_t terms,
-                      int64_t columns, float* tiles, float* sums) {
-  for (int64_t step = first; step < last; ++step) {
-    const int64_t k = step / kColumnSteps * kNear;
-    for (int64_t n = 0, tile = 0; n < columns; n += TILE, ++tile)
-      pack_columns(kept, step % kColumnSteps, from + k * row + n, row, terms - k < kNear ? terms - k : kNear, columns - n,
-                   tiles + tile * tile_size(terms) + tile_at(k), sums + tile * kSums);
-  }
-}
-
-// Rows of some columns, as panels. Adds them to sums.
-inline void pack_right(const WeightGradient& work, int64_t m, int64_t terms, int64_t first, int64_t last, float* panels,
-                       float* sums) {
-  for (int64_t k = 0; k < terms; k += kNear)
-    for (int64_t n = first; n < last; n += kPanel) {
-      const int64_t columns = last - n < kPanel ? last - n : kPanel, some = terms - k < kNear ? terms - k : kNear;
-      const float* from = work.b_in_strips ? strip_of(work.b, work.b_rows, n, m) : work.b + m * work.K + n;
-      const int64_t row = work.b_in_strips ? kPanel : work.K;
-      float* panel = panels + (n - first) / kPanel * panel_size(kChunk) + panel_at(k);
-      const auto pack_of = [&](auto f) { pack_terms(from + k * row, row, some, columns, panel, sums + n - first, f); };
-      if (work.gelu_b)
-        pack_of([](Vector x) { return gelu(x); });
-      else
-        pack_of([](Vector x) { return x; });
-    }
-}
-
-void weight_gradient(const WeightGradient& work, Units& units) {
-  const int64_t N = work.N, K = work.K, panels = (K + kPanel - 1) / kPanel, tiles = (N + TILE - 1) / TILE;
-  const int64_t most_panels = (panels + work.groups - 1) / work.groups;
-  const int64_t of_tiles = kLeft / TILE * tile_size(kChunk), of_panels = most_panels * panel_size(kChunk);
-  Scratch scratch(2 * of_tiles + of_panels + tiles * kSums + most_panels * kPanel, 4);
-  float *tiles_of_a = scratch.take(2 * of_tiles), *panels_of_b = scratch.take(of_panels);
-  Columns kept{};
-  float *a_sums = scratch.take(tiles * kSums), *b_sums = scratch.take(most_panels * kPanel);
-  for (int64_t unit; units.take(unit);) {
-    const int64_t part = unit / work.groups, group = unit % work.groups;
-    const int64_t first = group * panels / work.groups * kPanel, stop = (group + 1) * panels / work.groups * kPanel;
-    const int64_t last = stop < K ? stop : K, panels_of_unit = (last - first + kPanel - 1) / kPanel;
-    const int64_t from = part * work.M / work.parts, count = (part + 1) * work.M / work.parts - from;
-    const int64_t chunks = (count + kChunk - 1) / kChunk, blocks = (count + kTermsOfBlock - 1) / kTermsOfBlock;
-    float* c = work.c + part * work.c_size;
-    __builtin_memset(a_sums, 0, tiles * kSums * sizeof(float));
-    __builtin_memset(b_sums, 0, most_panels * kPanel * sizeof(float));
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t m = chunk * blocks / chunks * kTermsOfBlock, next = (chunk + 1) * blocks / chunks * kTermsOfBlock;
-      const int64_t terms = (next < count ? next : count) - m;
-      pack_right(work, from + m, terms, first, last, panels_of_b, b_sums);
-      const int64_t steps = (terms + kNear - 1) / kNear * kColumnSteps;
-      const auto tiles_at = [&](int64_t n) { return tiles_of_a + n / kLeft % 2 * of_tiles; };
-      const auto rows_at = [&](int64_t n) { return N - n < kLeft ? N - n : kLeft; };
-      const auto pack_at = [&](int64_t n, int64_t begin, int64_t end) {
-        pack_left(kept, begin, end, work.a + (from + m) * N + n, N, terms, rows_at(n), tiles_at(n),
-                  a_sums + n / TILE * kSums);
-      };
-      // Of the next chunk's left side, whose rows lie one after the other, each product fetches a share.
-      const int64_t products = (N + kLeft - 1) / kLeft * panels_of_unit;
-      const int64_t lines = chunk + 1 < chunks && terms * N <= kFetched ? terms * N / kLine / products : 0;
-      const float* ahead = work.a + (from + m + terms) * N;
-      for (int64_t n = 0; n < N; n += kLeft) {
-        if (!kBeside || n == 0) pack_at(n, 0, steps);
-        const auto pack_next = [&](int64_t begin, int64_t end) { pack_at(n + kLeft, begin, end); };
-        Beside beside(pack_next, 0, kBeside && n + kLeft < N ? steps : 0, panels_of_unit * steps_of(terms));
-        for (int64_t k = first; k < last; k += kPanel) {
-          const int64_t columns = last - k < kPanel ? last - k : kPanel;
-          const Strip to = work.c_in_strips ? Strip{strip_of(c, N, k, n), kPanel} : Strip{c + n * K + k, K};
-          const float* panel = panels_of_b + (k - first) / kPanel * panel_size(kChunk);
-          multiply_tiles(rows_at(n), columns, tiles_at(n), tile_size(terms), {panel, terms, ahead, lines, work.exchanged},
-                         chunk ? to.data : nullptr, to.row, to.data, to.row, beside);
-          ahead += lines * kLine;
-        }
-        beside.finish();
-      }
-    }
-    if (group == 0)
-      for (int64_t n = 0; n < N; ++n) work.a_sums[part * N + n] = a_sums[n / TILE * kSums + n % TILE];
-    __builtin_memcpy(work.b_sums + part * K + first, b_sums, (last - first) * sizeof(float));
-    for (int64_t k = first; chunks == 0 && k < last; k += kPanel)
-      for (int64_t n = 0; n < N; ++n) {
-        float* to = work.c_in_strips ? strip_of(c, N, k, n) : c + n * K + k;
-        __builtin_memset(to, 0, (last - k < kPanel ? last - k : kPanel) * sizeof(float));
-      }
-  }
-}
-
-void add_parts(const Parts& work, int64_t begin, int64_t end) {
-  constexpr int64_t kPiece = 4 * LANES;  // rows
-  Scratch scratch(kPiece * kPanel, 1);
-  float* sums = scratch.take(kPiece * kPanel);
-  for (int64_t k = begin * kPanel; k < end * kPanel && k < work.K; k += kPanel) {
-    const int64_t columns = work.K - k < kPanel ? work.K - k : kPanel;
-    for (int64_t n = 0; n < work.N; n += kPiece) {
-      const int64_t rows = work.N - n < kPiece ? work.N - n : kPiece;
-      const float* from = strip_of(work.parts, work.N, k, n);
-      for (int64_t i = 0; i < rows * kPanel; i += LANES) {
-        Vector sum = load(from + i);
-        for (int64_t part = 1; part < work.count; ++part) sum += load(from + part * work.size + i);
-        store(sums + i, sum);
-      }
-      if (work.across)
-        transpose(sums, kPanel, rows, columns, work.to + k * work.N + n, work.N);
-      else
-        for (int64_t i = 0; i < rows; ++i)
-          __builtin_memcpy(work.to + (n + i) * work.K + k, sums + i * kPanel, columns * sizeof(float));
-    }
+    multiply_into(rows, work.C_out, work.H, a, work.w2, work.b2, work.residual ? x : nullptr, y, strips);
   }
 }
 

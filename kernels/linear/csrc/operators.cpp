@@ -9,15 +9,18 @@
 namespace swin {
 namespace {
 
-// Numbers of a vector, or of a tile register, of the code that is chosen; the tensor says on which device.
-int64_t lanes_of(const Tensor&) { return choose(0).lanes; }
+// Numbers of a vector, or of a tile register, of the code that is chosen for those of a tensor; 0 where there is none.
+int64_t lanes_of(const Tensor& like) {
+  if (!is_of_bfloats(like)) return choose(0).lanes;
+  return takes_bfloats() ? kAmxBFloats.lanes : 0;
+}
 
 // Raised where callers rely on what older builds do not have.
-int64_t version_of(const Tensor&) { return 4; }
+int64_t version_of(const Tensor&) { return 5; }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
-  check(x, "x", {-1, -1});
-  const Code& code = choose(lanes, x.size(0));
+  check_rows(x);
+  const Code& code = choose_for(x, lanes, x.size(0));
   check(weight, "weight", {-1, x.size(1)});
   require(weight.size(0) > 0 && weight.size(1) > 0, "weight must not be empty");
   const float* start = numbers_of_bias(bias, "bias", {weight.size(0)});
@@ -47,8 +50,8 @@ Tensor pack_weight(const Tensor& weight, int64_t lanes) {
 }
 
 Tensor forward_packed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t N, int64_t lanes) {
-  const Code& code = choose(lanes);
-  check(x, "x", {-1, -1});
+  check_rows(x);
+  const Code& code = choose_for(x, lanes);
   require(N > 0 && x.size(1) > 0, "weight must not be empty");
   check(weight, "packed weight", packed_sizes(N, x.size(1), code));
   Tensor y = empty(x, {x.size(0), N});
@@ -92,7 +95,7 @@ struct Sizes {
 };
 
 Sizes check_mlp(const Tensor& x, const Numbers& counts, const Tensor& w1, const Tensor& w2, bool across) {
-  check(x, "x", {-1, -1});
+  check_rows(x);
   check(w1, "w1", {static_cast<int64_t>(counts.size()), -1, x.size(1)});
   require(w2.dim() == 3, "w2 must have three dimensions");
   const Sizes sizes{x.size(0), w1.size(0), x.size(1), w1.size(1), w2.size(across ? 1 : 2), across};
@@ -123,8 +126,8 @@ struct Few {
   int64_t rows = 0;
 
   // a: M x H.
-  void add(const Mlp& work, const FewRows& w1, const FewRows& w2, float* a) {
-    first.push_back(with(w1, work.x, work.M, work.b1, work.h ? work.h : a));
+  void add(const Mlp& work, const FewRows& w1, const FewRows& w2, void* a) {
+    first.push_back(with(w1, work.x, work.M, work.b1, work.h ? static_cast<void*>(work.h) : a));
     first.back().c_in_strips = work.h != nullptr;
     first.back().gelu_of = a;
     first.back().norm = work.norm;
@@ -151,7 +154,7 @@ bool run_few(const Mlp& work, const FewRows& w1, const FewRows& w2, const Tensor
   if (!are_few(work.M, std::min(work.H, work.C_out), code)) return false;
   Tensor a = empty(like, {work.M, work.H});
   Few few;
-  few.add(work, w1, w2, numbers_of(a));
+  few.add(work, w1, w2, row_of(a, 0));
   few.run(code);
   return true;
 }
@@ -160,28 +163,29 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
                                const Tensor& w2, const MaybeTensor& b2, bool across, bool keep, int64_t lanes) {
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
-  const Code& code = choose(lanes, M / std::max<int64_t>(E, 1));
+  const Code& code = choose_for(x, lanes, M / std::max<int64_t>(E, 1));
+  require(!is_of_bfloats(x) || (across && !keep), "of bfloat16 there are no gradients, and w2 lies across");
   const float* first_bias = numbers_of_bias(b1, "b1", {E, H});
   const float* second_bias = numbers_of_bias(b2, "b2", {E, C_out});
-  Tensor y = empty(x, {M, C_out}), h = empty(x, {keep ? M : 0, padded(H)});
+  Tensor y = empty(x, {M, C_out}), h = empty_floats(x, {keep ? M : 0, padded(H)});
   if (padded(H) > H) std::fill_n(numbers_of(h), h.numel(), 0.0f);  // where nothing is written: the same in every run
   const int64_t narrowest = std::min(H, C_out) * E;
   int64_t rows_of_few = 0;
   for (int64_t count : counts) rows_of_few += are_few(count, narrowest, code) ? count : 0;
   Tensor a = empty(x, {std::min(rows_of_few, kTogether), H});
   Few few;
-  Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(H, C_out, code)});
+  Tensor packed1 = empty_floats(x, {packed_size(H, C, code)}), packed2 = empty_floats(x, {packed_size(H, C_out, code)});
   for (int64_t expert = 0, row = 0; expert < E; row += counts[expert++]) {
     if (counts[expert] == 0) continue;
     const Matrix first = sizes.first(w1, expert, true), second = sizes.second(w2, expert, true);
     const Mlp work{
-        numbers(x) + row * C, nullptr, nullptr,
+        row_of(x, row), nullptr, nullptr,
         first_bias ? first_bias + expert * H : nullptr, second_bias ? second_bias + expert * C_out : nullptr,
-        keep ? numbers_of(h) + row * padded(H) : nullptr, numbers_of(y) + row * C_out, counts[expert], C, H, C_out, 0, {},
+        keep ? numbers_of(h) + row * padded(H) : nullptr, row_of(y, row), counts[expert], C, H, C_out, 0, {},
         false};
     if (are_few(work.M, narrowest, code)) {
       if (few.rows + work.M > a.size(0)) few.run(code);
-      few.add(work, few_rows(first), few_rows(second), numbers_of(a) + few.rows * H);
+      few.add(work, few_rows(first), few_rows(second), row_of(a, few.rows));
       continue;
     }
     run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code), code);
@@ -192,15 +196,15 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
 
 Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2,
                   int64_t H, int64_t C_out, int64_t lanes) {
-  const Code& code = choose(lanes);
-  check(x, "x", {-1, -1});
+  check_rows(x);
+  const Code& code = choose_for(x, lanes);
   const int64_t M = x.size(0), C = x.size(1);
   require(C > 0 && H > 0 && C_out > 0, "w1 and w2 must not be empty");
   check(w1, "packed w1", packed_sizes(H, C, code));
   check(w2, "packed w2", packed_sizes(C_out, H, code));
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C_out});
   Tensor y = empty(x, {M, C_out});
-  const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C_out, 0, {}, false};
+  const Mlp work{row_of(x, 0), nullptr, nullptr, first_bias, second_bias, nullptr, row_of(y, 0), M, C, H, C_out, 0, {}, false};
   if (!run_few(work, few_rows(numbers(w1), H, C), few_rows(numbers(w2), C_out, H), x, code))
     run_packed(code.mlp, work, numbers(w1), numbers(w2), code);
   return y;
@@ -209,7 +213,7 @@ Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, cons
 // x plus an MLP of its layer norm, without gradients.
 Tensor residual_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& w1,
                     const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2, int64_t lanes) {
-  check(x, "x", {-1, -1});
+  check_rows(x);
   const int64_t M = x.size(0), C = x.size(1);
   check(w1, "w1", {-1, C});
   const int64_t H = w1.size(0);
@@ -220,11 +224,11 @@ Tensor residual_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& no
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C});
   Tensor y = empty(x, {M, C});
   const Norm norm{numbers(norm_weight), numbers(norm_bias), static_cast<float>(eps)};
-  const Mlp work{numbers(x), nullptr, nullptr, first_bias, second_bias, nullptr, numbers_of(y), M, C, H, C, 0, norm, true};
-  const Code& code = choose(lanes, M);
+  const Mlp work{row_of(x, 0), nullptr, nullptr, first_bias, second_bias, nullptr, row_of(y, 0), M, C, H, C, 0, norm, true};
+  const Code& code = choose_for(x, lanes, M);
   const Matrix first{numbers(w1), H, C, true}, second{numbers(w2), C, H, true};
   if (M == 0 || run_few(work, few_rows(first), few_rows(second), x, code)) return y;
-  Tensor packed1 = empty(x, {packed_size(H, C, code)}), packed2 = empty(x, {packed_size(C, H, code)});
+  Tensor packed1 = empty_floats(x, {packed_size(H, C, code)}), packed2 = empty_floats(x, {packed_size(C, H, code)});
   run_packed(code.mlp, work, pack(first, packed1, code), pack(second, packed2, code), code);
   return y;
 }
@@ -269,6 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
                                                                 int64_t lanes) {
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
+  check(x, "x", {M, C});
   const Code& code = choose(lanes, M / std::max<int64_t>(E, 1));
   check(h, "h", {M, padded(H)});
   check(grad, "grad", {M, C_out});

@@ -8,6 +8,7 @@
 #define TILE 4
 #define LAYOUT "floats.h"
 #include "linear.h"
+#include "backward.h"
 
 namespace swin {
 

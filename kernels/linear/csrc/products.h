@@ -29,21 +29,48 @@ constexpr int64_t kHidden = 192 * 1024;   // numbers of a block between an MLP's
 
 inline int64_t divide(int64_t count, int64_t by) { return (count + by - 1) / by; }
 
+inline bool is_of_bfloats(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
+
+inline bool takes_bfloats() { return kAmxBFloats.lanes && may_use_tiles() && converts_to_bfloats(); }
+
 // The code of so many lanes, or the one that suits so many rows: fewer do not make up for the parts of a weight.
 inline const Code& choose(int64_t lanes, int64_t rows = kRowsForParts) {
+  if (lanes && lanes == kAmxBFloats.lanes && takes_bfloats()) return kAmxBFloats;
   return choose_code(kPlain, kAvx2, kAvx512, lanes, lanes || rows >= kRowsForParts ? &kAmx : nullptr);
+}
+
+// The same for rows in x.
+inline const Code& choose_for(const Tensor& x, int64_t lanes, int64_t rows = kRowsForParts) {
+  const bool of_bfloats = is_of_bfloats(x);
+  require(!of_bfloats || takes_bfloats(), "bfloat16 needs a processor with AMX, and GCC");
+  const Code& code = choose(of_bfloats && lanes == 0 ? kAmxBFloats.lanes : lanes, rows);
+  require(of_bfloats == (&code == &kAmxBFloats), "code of " + std::to_string(code.lanes) + " lanes takes other numbers than x");
+  return code;
 }
 
 inline const float* numbers(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 inline float* numbers_of(Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-inline void check(const Tensor& x, const char* name, const Numbers& sizes) {
+inline int64_t bytes_of_row(const Tensor& x) { return x.size(1) * (is_of_bfloats(x) ? 2 : 4); }
+
+inline const void* row_of(const Tensor& x, int64_t row) {
+  return static_cast<const char*>(x.const_data_ptr()) + row * bytes_of_row(x);
+}
+
+inline void* row_of(Tensor& x, int64_t row) { return static_cast<char*>(x.mutable_data_ptr()) + row * bytes_of_row(x); }
+
+inline void check(const Tensor& x, const char* name, const Numbers& sizes, ScalarType type = ScalarType::Float) {
   bool same = x.dim() == static_cast<int64_t>(sizes.size()) && x.is_contiguous();
   std::string expected;
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] < 0 || x.size(i) == sizes[i];
   for (int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + (size < 0 ? "*" : std::to_string(size));
-  require(same && x.scalar_type() == ScalarType::Float && x.device().is_cpu(),
-          std::string(name) + " must be contiguous float32 on the CPU, (" + expected + ")");
+  const std::string kind = type == ScalarType::Float ? "float32" : "bfloat16";
+  require(same && x.scalar_type() == type && x.device().is_cpu(),
+          std::string(name) + " must be contiguous " + kind + " on the CPU, (" + expected + ")");
+}
+
+inline void check_rows(const Tensor& x) {
+  check(x, "x", {-1, -1}, is_of_bfloats(x) ? ScalarType::BFloat16 : ScalarType::Float);
 }
 
 inline const float* numbers_of_bias(const MaybeTensor& bias, const char* name, const Numbers& sizes) {
@@ -53,6 +80,9 @@ inline const float* numbers_of_bias(const MaybeTensor& bias, const char* name, c
 }
 
 inline Tensor empty(const Tensor& like, const Numbers& sizes) { return torch::stable::new_empty(like, sizes); }
+inline Tensor empty_floats(const Tensor& like, const Numbers& sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
 
 template <typename Work>
 inline void hand_out(void (*run)(const Work&, int64_t, int64_t), const Work& work, int64_t count) {
@@ -125,7 +155,7 @@ inline FewRows few_rows(const float* packed, int64_t N, int64_t K) {
   return work;
 }
 
-inline FewRows with(FewRows work, const float* a, int64_t M, const float* bias, float* c) {
+inline FewRows with(FewRows work, const void* a, int64_t M, const float* bias, void* c) {
   work.a = a;
   work.bias = bias;
   work.c = c;
@@ -148,15 +178,15 @@ inline void multiply(const std::vector<FewRows>& works, const Code& code) {
 
 inline void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
   const int64_t M = a.size(0), N = c.size(1), K = a.size(1);
-  if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), numbers(a), M, bias, numbers_of(c))}, code);
-  const Product work{numbers(a), packed, bias, numbers_of(c), M, N, K, blocks_of(M, 1, code)};
+  if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), row_of(a, 0), M, bias, row_of(c, 0))}, code);
+  const Product work{row_of(a, 0), packed, bias, row_of(c, 0), M, N, K, blocks_of(M, 1, code)};
   hand_out(code.product, work, work.blocks);
 }
 
 inline void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
   const int64_t M = a.size(0);
-  if (are_few(M, c.size(1), code)) return multiply({with(few_rows(b), numbers(a), M, bias, numbers_of(c))}, code);
-  Tensor packed = empty(a, {packed_size(b.rows, b.columns, code)});
+  if (are_few(M, c.size(1), code)) return multiply({with(few_rows(b), row_of(a, 0), M, bias, row_of(c, 0))}, code);
+  Tensor packed = empty_floats(a, {packed_size(b.rows, b.columns, code)});
   multiply(a, pack(b, packed, code), bias, c, code);
 }
 
