@@ -12,7 +12,7 @@ constexpr int64_t kSteps = 2, kInstructions = 8;  // of a block's products
 typedef BFloat16 Number;  // what rows, and results, are of
 typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
 
-constexpr int64_t kTerms = 16 * kTermsOfBlock;  // of a panel at once
+constexpr int64_t kTerms = 32 * kTermsOfBlock;  // of a panel at once
 
 // The first numbers of a vector, zeros after them.
 inline Vector load_some(const BFloat16* from, int64_t count) {

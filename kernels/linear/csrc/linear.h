@@ -100,12 +100,14 @@ inline float* place_of([[maybe_unused]] T* c) {
 inline void finish_strip(int64_t rows, int64_t columns, const float* sums, int64_t row, const Number* added, Number* c,
                          int64_t N) {
   if (kInPlace && !added) return;
-  for (int64_t i = 0; i < rows; ++i, sums += row, c += N)
+  for (int64_t i = 0; i < rows; ++i, sums += row, c += N) {
+    if (!kInPlace) __builtin_prefetch(c + 16 * N, 1);
     for (int64_t j = 0; j < columns; j += LANES) {
       Vector x = load_some(sums + j, columns - j);
       if (added) x += load_some(added + i * N + j, columns - j);
       store_some(c + j, x, columns - j);
     }
+  }
 }
 
 // c (rows x N) = a (rows x K) b + bias + added, a in tiles, b packed, null for what is not there.

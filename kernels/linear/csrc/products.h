@@ -94,15 +94,16 @@ inline void hand_out(void (*run)(const Work&, Units&), const Work& work, int64_t
   share_out(count, [&](Units& units) { run(work, units); });
 }
 
-inline int64_t rows_of_block(int64_t kept) {
-  return std::max(kFewestRows, std::min(kRows, kHidden / std::max<int64_t>(kept, 1)));
+inline int64_t rows_of_block(int64_t kept, const Code& code) {
+  const int64_t hidden = &code == &kAmxBFloats ? 2 * kHidden : kHidden;
+  return std::max(kFewestRows, std::min(kRows, hidden / std::max<int64_t>(kept, 1)));
 }
 
 // Blocks of rows, of each of which so many numbers are kept: as many for one thread as for the others, and none without
 // rows. Results do not depend on it, for no row depends on another.
 inline int64_t blocks_of(int64_t M, int64_t kept, const Code& code,
                          int64_t threads = torch::stable::get_num_threads()) {
-  return std::min(divide(divide(M, rows_of_block(kept)), threads) * threads, divide(M, std::max(kFewestRows, code.tile)));
+  return std::min(divide(divide(M, rows_of_block(kept, code)), threads) * threads, divide(M, std::max(kFewestRows, code.tile)));
 }
 
 // A matrix of rows x columns, row by row, as the right side of a product: itself, or across, so that rows are columns.
