@@ -22,7 +22,7 @@ from kernels import window_process
 
 from . import trial
 from .layers import Pair, check_window, padded_resolution, relative_position_index
-from .linear import Linear, computes_plainly, is_hooked, is_untransformed, runs_plainly
+from .linear import Linear, computes_plainly, is_hooked, is_untransformed, passes, runs_plainly
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -357,8 +357,13 @@ class AttentionBase(nn.Module):
             check_window(tuple(x.shape[1:3]), self.window_size)
         if self._gathers(x):
             return self._forward_gathered(x, mask, to_2tuple(shift_size))
-        x = window_attention(
-            self.packed_qkv(x),
+        x = self.attend(self.packed_qkv(x), mask, shift_size)
+        return self.proj_drop(self.proj(x))
+
+    def attend(self, qkv: Tensor, mask: Tensor | None, shift_size: Pair) -> Tensor:
+        """`forward` of maps between its linear layers: (B, H, W, 3C) to (B, H, W, C)."""
+        return window_attention(
+            qkv,
             self.position_bias(),
             mask,
             num_heads=self.num_heads,
@@ -369,7 +374,16 @@ class AttentionBase(nn.Module):
             dropout_p=self.dropout_p,
             backend=self.backend,
         )
-        return self.proj_drop(self.proj(x))
+
+    def may_be_taken_apart(self, x: Tensor) -> bool:
+        """Whether `attend` between ``qkv`` and ``proj`` is all that `forward` does with maps x, and nobody watches."""
+        return (
+            type(self).forward is AttentionBase.forward
+            and type(self).packed_qkv is AttentionBase.packed_qkv
+            and not is_hooked(self)
+            and passes(self.proj_drop)
+            and not self._gathers(x)
+        )
 
     def _gathers(self, x: Tensor) -> bool:
         """Whether `_forward_gathered` serves maps: in inference on a CPU, where nobody watches the linear layers."""

@@ -25,7 +25,7 @@ from .layers import (
     padded_resolution,
     window_mask,
 )
-from .linear import fuses_residual_mlp, is_hooked
+from .linear import fuses_residual_mlp, is_hooked, joins, passes
 
 Resolution = tuple[int, int]
 
@@ -95,8 +95,11 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, resolution: Resolution | None = None) -> Tensor:
-        x = x + self.drop_path(self.mix_tokens(self.norm1(x), self.resolve(x, resolution)))
-        return self.mix_channels(x)
+        return self.mix_channels(self.add_mixed(x, self.resolve(x, resolution)))
+
+    def add_mixed(self, x: Tensor, resolution: Resolution) -> Tensor:
+        """(B, L, C) to (B, L, C): x and what its tokens are mixed to."""
+        return x + self.drop_path(self.mix_tokens(self.norm1(x), resolution))
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """(B, L, C) to (B, L, C)."""
@@ -179,6 +182,21 @@ class AttentionBlock(Block):
             mask = window_mask(*geometry)
             return mask if mask is None else mask.to(weight)
         return _cached_mask(*geometry, weight.device, weight.dtype)
+
+    def add_mixed(self, x: Tensor, resolution: Resolution) -> Tensor:
+        attn, (B, L, C) = self.attn, x.shape
+        joined = (
+            isinstance(attn, AttentionBase)
+            and passes(self.drop_path)
+            and joins(x, attn.qkv, self.norm1)
+            and joins(x, attn.proj)
+            and attn.may_be_taken_apart(x.view(B, *resolution, C))
+        )
+        if not joined:
+            return super().add_mixed(x, resolution)
+        qkv = kernel.joined_linear(x, self.norm1, attn.qkv).view(B, *resolution, 3 * C)
+        y = attn.attend(qkv, self.mask_for(resolution), self.shift_for(resolution))
+        return kernel.joined_linear(y.view(B, L, C), None, attn.proj, residual=x)
 
     def mix_tokens(self, x: Tensor, resolution: Resolution) -> Tensor:
         B, L, C = x.shape

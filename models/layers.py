@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .linear import Linear, mlp
+from .linear import Linear, mlp, normed_linear
 from .linear import linear as linear  # SwinV2 takes it from here
 
 Pair = int | tuple[int, int]
@@ -129,7 +129,7 @@ class PatchMerging(nn.Module):
 
     def merge(self, x: Tensor) -> Tensor:
         """(..., 4C) to (..., 2C)."""
-        return self.reduction(self.norm(x))
+        return normed_linear(x, self.norm, self.reduction)
 
     def extra_repr(self) -> str:
         return f"input_resolution={self.input_resolution}, dim={self.dim}"

@@ -76,17 +76,51 @@ def fuses_residual_mlp(
 ) -> bool:
     """Whether ``x + drop_path(fc2(drop(act(fc1(norm(x))))))`` is one call of the kernels: in inference alone."""
     return (
-        not torch.compiler.is_compiling()
-        and type(norm) is nn.LayerNorm
-        and norm.normalized_shape == x.shape[-1:]
-        and norm.bias is not None
-        and not (is_hooked(norm) or is_hooked(drop_path) or (drop_path.training and type(drop_path) is not nn.Identity))
+        _may_join(x)
+        and _joins_norm(x, norm)
+        and passes(drop_path)
         and fuses_mlp(x, fc1, act, drop, fc2)
-        and norm.weight.dtype == torch.float32
-        and (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
         and fc2.out_features == x.shape[-1]
         and not _needs_grad(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     )
+
+
+def normed_linear(x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+    """``layer(norm(x))``, in one call where `joins` says so."""
+    return kernel.joined_linear(x, norm, layer) if joins(x, layer, norm) else layer(norm(x))
+
+
+def joins(x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> bool:
+    """Whether ``norm`` before ``layer``, of rows like those of x, and a residual after it are part of its one call."""
+    return (
+        _may_join(x)
+        and type(layer) is Linear
+        and not is_hooked(layer)
+        and (takes_kernel(x, layer.weight) or takes_bfloats(x, layer.weight))
+        and _is_enough(x, layer.weight, LEAST_WORK, False)
+        and not _needs_grad(x, layer.weight, layer.bias)
+        and (norm is None or (_joins_norm(x, norm) and not _needs_grad(norm.weight, norm.bias)))
+    )
+
+
+def _may_join(x: Tensor) -> bool:
+    """Not in compiled models, whose compilers join norms and residuals, nor where x is not what layers multiply."""
+    return not torch.compiler.is_compiling() and (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
+
+
+def _joins_norm(x: Tensor, norm: nn.Module) -> bool:
+    return (
+        type(norm) is nn.LayerNorm
+        and norm.normalized_shape == x.shape[-1:]
+        and norm.bias is not None
+        and not is_hooked(norm)
+        and _is_on_cpu(x, norm.weight)
+    )
+
+
+def passes(drop: nn.Module) -> bool:
+    """Whether a layer that drops something in training does nothing now, and nobody watches it."""
+    return not is_hooked(drop) and (type(drop) is nn.Identity or not drop.training)
 
 
 def takes_kernel(x: Tensor, *weights: Tensor) -> bool:

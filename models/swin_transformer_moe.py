@@ -140,7 +140,7 @@ class SwinTransformerBlock(AttentionBlock):
     def forward(self, x: Tensor, resolution: Resolution | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if not self.is_moe:
             return super().forward(x, resolution)
-        x = x + self.drop_path(self.mix_tokens(self.norm1(x), self.resolve(x, resolution)))
+        x = self.add_mixed(x, self.resolve(x, resolution))
         answer, loss = self.mlp(self.norm2(x))
         return x + self.drop_path(answer), loss
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import fill, golden, golden_images, make_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_linear_cpu import JOINED, small_block
 from test_linear_cpu import built as built
 from test_linear_cpu import calls as calls
 from test_linear_cpu import operators as operators
-from test_linear_cpu import small_block
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -106,6 +106,16 @@ def test_mlps_with_norm_and_residual_are_those_of_float64(operators, rows, chann
     close(y, exact[0] + mixed)
 
 
+def test_layers_with_norm_and_residual_are_those_of_float64(operators):
+    torch.manual_seed(0)
+    for rows, channels, outputs in ((5, 7, 9), (300, 96, 70), (700, 200, 96)):
+        x, residual = (3 * torch.randn(rows, channels) + 1).bfloat16(), torch.randn(rows, outputs).bfloat16()
+        norm, weight, bias = torch.randn(2, channels), torch.randn(outputs, channels), torch.randn(outputs)
+        y = operators.forward_joined(x, *norm, 1e-5, weight, bias, residual)
+        normed = F.layer_norm(x.double(), (channels,), *norm.double(), 1e-5)
+        close(y, F.linear(normed, rounded(weight), bias.double()) + residual.double())
+
+
 def test_gelu_is_that_of_float64_everywhere(operators):
     one, x = (
         torch.ones(1, 1, 1),
@@ -192,7 +202,7 @@ def test_modules_take_what_autocast_takes(calls, dtype):
 
 
 def test_others_compute_what_the_kernels_do_not(calls):
-    """Gradients, other precisions, weights in bfloat16, one row."""
+    """Gradients, other precisions, weights in bfloat16, no rows."""
     layer, x = Mlp(8, 16), torch.randn(3, 8)
     with autocast():
         layer(x).sum().backward()
@@ -207,14 +217,14 @@ def test_others_compute_what_the_kernels_do_not(calls):
     assert not calls
 
 
-def test_a_block_joins_norm_and_residual_to_its_mlp(calls):
+def test_a_block_joins_norms_and_residuals_to_its_layers(calls):
     block, x = small_block(), torch.randn(2, 49, 24)
     with autocast(), torch.no_grad():
         y = block(x.bfloat16())
-        assert calls[-1] == "residual_mlp" and y.dtype == torch.bfloat16
+        assert calls == JOINED and y.dtype == torch.bfloat16
         calls.clear()
         kept = block(x)  # a residual in float32 stays so
-        assert calls[-1] == "mlp" and kept.dtype == torch.float32
+        assert calls == ["linear", "linear", "mlp"] and kept.dtype == torch.float32
     exact = copy.deepcopy(block).double()(x.double())
     for ours in (y, kept):
         assert (ours.double() - exact).norm() <= 1e-2 * exact.norm()

@@ -21,7 +21,7 @@ from kernels.window_attention import cpu
 from models import build_model
 from models import linear as module
 from models.experts import Experts
-from models.layers import Linear, Mlp
+from models.layers import Linear, Mlp, PatchMerging
 from models.recomputation import RecomputingMlp
 from models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
@@ -53,9 +53,9 @@ def calls(operators, monkeypatch) -> list[str]:
 
     def watch(name):
         run = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, lambda *args: seen.append(name) or run(*args))
+        monkeypatch.setattr(kernel, name, lambda *args, **named: seen.append(name) or run(*args, **named))
 
-    for name in ("linear", "mlp", "residual_mlp", "experts"):
+    for name in ("linear", "joined_linear", "mlp", "residual_mlp", "experts"):
         watch(name)
     return seen
 
@@ -214,6 +214,29 @@ def test_mlps_with_norm_and_residual_are_those_of_float64(operators, rows, chann
     exact = parts[0] + F.linear(F.gelu(F.linear(normed, *parts[3:5])), *parts[5:])
     for count in lanes(operators):
         close(operators.residual_mlp(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, count), exact)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.one_of(sizes, st.just(900)),
+    channels=sizes,
+    outputs=sizes,
+    normed=st.booleans(),
+    residual=st.booleans(),
+    bias=st.booleans(),
+)
+def test_layers_with_norm_and_residual_are_those_of_float64(operators, rows, channels, outputs, normed, residual, bias):
+    torch.manual_seed(rows)
+    x, weight = 3 * torch.randn(rows, channels) + 1, torch.randn(outputs, channels) / channels**0.5
+    norm = tuple(torch.randn(2, channels)) if normed else (None, None)
+    added, start = torch.randn(rows, outputs) if residual else None, torch.randn(outputs) if bias else None
+    exact = x.double()
+    if normed:
+        exact = F.layer_norm(exact, (channels,), *(part.double() for part in norm), 1e-3)
+    exact = F.linear(exact, weight.double(), start.double() if bias else None)
+    exact = exact + added.double() if residual else exact
+    for count in lanes(operators):
+        close(operators.forward_joined(x, *norm, 1e-3, weight, start, added, count), exact)
 
 
 @pytest.mark.parametrize("rows, channels", [(2000, 70), (300, 70), (300, 20)])
@@ -426,7 +449,7 @@ def test_a_compiled_tangent_of_attention_is_an_error_of_pytorchs_not_zero(reques
     extensions.load(request, ROOT / "kernels" / "window_attention")
     monkeypatch.setattr(cpu, "PROBLEM", "")
     layer, x = WindowAttention(16, 4, 2), torch.randn(1, 8, 8, 16)
-    with pytest.raises(NotImplementedError, match="forward AD"):
+    with pytest.raises(RuntimeError, match=r"forward AD|is not differentiable"):
         torch.compile(lambda y: torch.func.jvp(layer, (y,), (x,))[1], backend="eager")(x)
 
 
@@ -479,30 +502,70 @@ def test_hooks_see_what_is_between(calls, watched):
 def small_block(**named) -> SwinTransformerBlock:
     torch.manual_seed(0)
     block = SwinTransformerBlock(24, (7, 7), 3, **{"window_size": 7, "drop_path": 0.5, **named})
+    block.attn.backend = "reference"  # whether attention is fused or not
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return block.eval()
 
 
-def test_a_block_joins_norm_and_residual_to_its_mlp_in_inference(calls):
+JOINED = ["joined_linear", "joined_linear", "residual_mlp"]  # qkv with its norm, proj with its residual
+
+
+def test_a_block_joins_norms_and_residuals_to_its_layers_in_inference(calls):
     block, x = small_block(), torch.randn(2, 49, 24)
     with torch.no_grad():
         y = block(x)
-    assert calls[-1] == "residual_mlp"
+    assert calls == JOINED
     calls.clear()
     torch.testing.assert_close(y, block(x), atol=1e-5, rtol=1e-5)  # with gradients
-    assert "residual_mlp" not in calls
+    assert calls == ["linear", "linear", "mlp"]
     with torch.no_grad():
         torch.manual_seed(1)
+        calls.clear()
         dropped = block.train()(x)
-        assert "residual_mlp" not in calls and not torch.allclose(dropped, y)
+        assert not set(JOINED) & set(calls) and not torch.allclose(dropped, y)
         assert torch.isfinite(small_block(norm_layer=lambda dim: nn.LayerNorm(dim, bias=False))(x)).all()
         assert torch.isfinite(small_block(norm_layer=lambda dim: nn.LayerNorm((49, dim)))(x)).all()
+        assert not set(JOINED) & set(calls)
         assert torch.isfinite(small_block(act_layer=nn.ReLU)(x)).all()
-    assert "residual_mlp" not in calls
+        assert "residual_mlp" not in calls
 
 
-@pytest.mark.parametrize("watched", ["norm2", "drop_path", "mlp", "mlp.fc1", "mlp.act", "mlp.drop", "mlp.fc2"])
+def test_a_block_without_attention_of_ours_is_not_taken_apart(calls):
+    class Other(nn.Module):
+        def forward(self, x, mask, shift_size):
+            return -x
+
+    class Louder(WindowAttention):
+        def forward(self, x, mask=None, shift_size=0):
+            return 2 * super().forward(x, mask, shift_size)
+
+    x = torch.randn(2, 49, 24)
+    for attention in (Other(), Louder(24, 7, 3)):
+        block = small_block()
+        block.attn = attention
+        with torch.no_grad():
+            expected = x + attention(block.norm1(x).view(2, 7, 7, 24), None, 0).view(2, 49, 24)
+            calls.clear()
+            torch.testing.assert_close(block.add_mixed(x, (7, 7)), expected)
+        assert "joined_linear" not in calls
+
+
+def test_merging_patches_joins_its_norm(calls):
+    merge, x = PatchMerging((6, 4), 8), torch.randn(2, 24, 8)
+    nn.init.normal_(merge.norm.weight)
+    with torch.no_grad():
+        y = merge(x)
+    assert calls == ["joined_linear"]
+    torch.testing.assert_close(y, merge(x))
+    assert calls == ["joined_linear", "linear"]
+
+
+WATCHED = ["norm1", "attn", "attn.qkv", "attn.proj", "attn.proj_drop", "drop_path"]
+WATCHED += ["norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.drop", "mlp.fc2"]
+
+
+@pytest.mark.parametrize("watched", WATCHED)
 def test_hooks_see_what_is_within_a_block(calls, watched):
     block, x, seen = small_block(), torch.randn(2, 49, 24), []
     with torch.no_grad():
@@ -510,7 +573,7 @@ def test_hooks_see_what_is_within_a_block(calls, watched):
         calls.clear()
         block.get_submodule(watched).register_forward_hook(lambda *_: seen.append(1))
         torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
-    assert seen and "residual_mlp" not in calls
+    assert seen and calls != JOINED
 
 
 def test_dropout_and_other_activations_are_not_left_out(calls):
@@ -602,6 +665,12 @@ def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
     x, weight = torch.zeros(3, 4), torch.zeros(2, 4)
     with pytest.raises(RuntimeError, match=r"bias must be contiguous float32 on the CPU, \(2\)"):
         operators.forward(x, weight, torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"a norm has both a weight and a bias, or there is none"):
+        operators.forward_joined(x, torch.ones(4), None, 1e-5, weight, None, None)
+    with pytest.raises(RuntimeError, match=r"norm_weight must be contiguous float32 on the CPU, \(4\)"):
+        operators.forward_joined(x, torch.ones(3), torch.ones(3), 1e-5, weight, None, None)
+    with pytest.raises(RuntimeError, match=r"added must be contiguous float32 on the CPU, \(3, 2\)"):
+        operators.forward_joined(x, None, None, 0.0, weight, None, torch.zeros(3, 4))
     with pytest.raises(RuntimeError, match=r"weight must be contiguous float32 on the CPU, \(\*, 4\)"):
         operators.forward(x, torch.zeros(2, 5), None)
     with pytest.raises(RuntimeError, match=r"weight must not be empty"):

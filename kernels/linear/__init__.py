@@ -65,6 +65,14 @@ def residual_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear) 
     return torch.ops.swin_linear.residual_mlp(_rows(x), *arguments).view(x.shape)
 
 
+def joined_linear(x: Tensor, norm: nn.LayerNorm | None, layer: nn.Linear, residual: Tensor | None = None) -> Tensor:
+    """``residual + layer(norm(x))`` on a CPU, without gradients: (..., C) to (..., N); either may be missing."""
+    parts = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    parts = (*parts, layer.weight, layer.bias, None if residual is None else _rows(residual))
+    arguments = (part.contiguous() if isinstance(part, Tensor) else part for part in parts)
+    return torch.ops.swin_linear.forward_joined(_rows(x), *arguments).view(*x.shape[:-1], layer.out_features)
+
+
 def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     """E MLPs of float32 on a CPU, ``F.gelu(x @ w1.T + b1) @ w2 + b2`` each, for their rows: (M, C) to (M, N).
 

@@ -18,19 +18,21 @@ struct Packing {
   float* packed;
 };
 
-// c (M x N) = a (M x K) b + bias.
+// Layer norm of the rows of a left matrix before it is multiplied; none where weight is null.
+struct Norm {
+  const float *weight, *bias;  // as many as a row has
+  float eps;
+};
+
+// c (M x N) = a (M x K) b + bias + added.
 struct Product {
   const void* a;
   const float* b;     // packed
   const float* bias;  // N, or null
   void* c;
   int64_t M, N, K, blocks;  // of rows
-};
-
-// Layer norm of the rows of a left matrix before it is multiplied; none where weight is null.
-struct Norm {
-  const float *weight, *bias;  // as many as a row has
-  float eps;
+  Norm norm;          // of a
+  const void* added;  // M x N, or null
 };
 
 // The same of few rows: a panel of b serves all of them while the cache holds it, and is packed only then.

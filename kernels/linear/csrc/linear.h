@@ -124,15 +124,18 @@ inline void multiply_into(int64_t rows, int64_t N, int64_t K, const float* a, co
 void product(const Product& work, Units& units) {
   const int64_t most = most_rows(work.M, work.blocks);
   Strips strips(kInPlace ? 0 : most);
-  Scratch scratch(tiles_size(most, work.K), 1);
+  Scratch scratch(tiles_size(most, work.K) + 2 * most, 2);
   float* tiles = scratch.take(tiles_size(most, work.K));
-  const Number* a = static_cast<const Number*>(work.a);
+  RowScale* scales = scratch.take<RowScale>(most);
+  const Number *a = static_cast<const Number*>(work.a), *added = static_cast<const Number*>(work.added);
   Number* c = static_cast<Number*>(work.c);
   for (int64_t block; units.take(block);) {
     const int64_t row = first_row(work.M, work.blocks, block);
     const int64_t rows = first_row(work.M, work.blocks, block + 1) - row;
-    pack_tiles(0, rows, work.K, a + row * work.K, work.K, tiles, tile_size(work.K), kSame);
-    multiply_into(rows, work.N, work.K, tiles, work.b, work.bias, nullptr, c + row * work.N, strips);
+    scale_rows(work.norm, rows, work.K, a + row * work.K, scales);
+    pack_normed(work.norm, scales, rows, work.K, 0, a + row * work.K, work.K, tiles);
+    multiply_into(rows, work.N, work.K, tiles, work.b, work.bias, added ? added + row * work.N : nullptr,
+                  c + row * work.N, strips);
   }
 }
 

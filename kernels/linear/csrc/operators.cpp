@@ -18,15 +18,31 @@ int64_t lanes_of(const Tensor& like) {
 // Raised where callers rely on what older builds do not have.
 int64_t version_of(const Tensor&) { return 5; }
 
-Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
+Norm norm_of(const MaybeTensor& weight, const MaybeTensor& bias, double eps, int64_t C) {
+  require(weight.has_value() == bias.has_value(), "a norm has both a weight and a bias, or there is none");
+  return {numbers_of_bias(weight, "norm_weight", {C}), numbers_of_bias(bias, "norm_bias", {C}), static_cast<float>(eps)};
+}
+
+Tensor forward_joined(const Tensor& x, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
+                      const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& added, int64_t lanes) {
   check_rows(x);
   const Code& code = choose_for(x, lanes, x.size(0));
   check(weight, "weight", {-1, x.size(1)});
-  require(weight.size(0) > 0 && weight.size(1) > 0, "weight must not be empty");
-  const float* start = numbers_of_bias(bias, "bias", {weight.size(0)});
-  Tensor y = empty(x, {x.size(0), weight.size(0)});
-  multiply(x, Matrix{numbers(weight), weight.size(0), weight.size(1), true}, start, y, code);
+  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  require(N > 0 && K > 0, "weight must not be empty");
+  const float* start = numbers_of_bias(bias, "bias", {N});
+  Joined joined{norm_of(norm_weight, norm_bias, eps, K), nullptr};
+  if (added) {
+    check(*added, "added", {M, N}, x.scalar_type());
+    joined.added = row_of(*added, 0);
+  }
+  Tensor y = empty(x, {M, N});
+  multiply(x, Matrix{numbers(weight), N, K, true}, start, y, code, joined);
   return y;
+}
+
+Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
+  return forward_joined(x, {}, {}, 0, weight, bias, {}, lanes);
 }
 
 constexpr int64_t kPadding = 32;  // a multiple of all panels: what is padded has one size for all instruction sets
@@ -219,11 +235,9 @@ Tensor residual_mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& no
   const int64_t H = w1.size(0);
   check(w2, "w2", {C, H});
   require(C > 0 && H > 0, "w1 and w2 must not be empty");
-  check(norm_weight, "norm_weight", {C});
-  check(norm_bias, "norm_bias", {C});
+  const Norm norm = norm_of(norm_weight, norm_bias, eps, C);
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C});
   Tensor y = empty(x, {M, C});
-  const Norm norm{numbers(norm_weight), numbers(norm_bias), static_cast<float>(eps)};
   const Mlp work{row_of(x, 0), nullptr, nullptr, first_bias, second_bias, nullptr, row_of(y, 0), M, C, H, C, 0, norm, true};
   const Code& code = choose_for(x, lanes, M);
   const Matrix first{numbers(w1), H, C, true}, second{numbers(w2), C, H, true};
@@ -323,6 +337,9 @@ STABLE_TORCH_LIBRARY(swin_linear, m) {
   m.def("lanes(Tensor like) -> int");
   m.def("version(Tensor like) -> int");
   m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
+  m.def(
+      "forward_joined(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
+      "Tensor? added, int lanes=0) -> Tensor");
   m.def("pack(Tensor weight, int lanes=0) -> Tensor");
   m.def("packed_width(int K, int lanes=0) -> int");
   m.def("forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0) -> Tensor");
@@ -345,6 +362,7 @@ STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
   m.impl("lanes", TORCH_BOX(&swin::lanes_of));
   m.impl("version", TORCH_BOX(&swin::version_of));
   m.impl("forward", TORCH_BOX(&swin::forward));
+  m.impl("forward_joined", TORCH_BOX(&swin::forward_joined));
   m.impl("pack", TORCH_BOX(&swin::pack_weight));
   m.impl("forward_packed", TORCH_BOX(&swin::forward_packed));
   m.impl("mlp_packed", TORCH_BOX(&swin::mlp_packed));

@@ -177,18 +177,33 @@ inline void multiply(const std::vector<FewRows>& works, const Code& code) {
   });
 }
 
-inline void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code) {
+// What belongs to a product of rows besides: a norm of them before, and what is added after; or none.
+struct Joined {
+  Norm norm{};
+  const void* added = nullptr;
+};
+
+inline void multiply(const Tensor& a, FewRows work, const float* bias, Tensor& c, const Joined& joined, const Code& code) {
+  work = with(work, row_of(a, 0), a.size(0), bias, row_of(c, 0));
+  work.norm = joined.norm;
+  work.added = joined.added;
+  multiply({work}, code);
+}
+
+inline void multiply(const Tensor& a, const float* packed, const float* bias, Tensor& c, const Code& code,
+                     const Joined& joined = {}) {
   const int64_t M = a.size(0), N = c.size(1), K = a.size(1);
-  if (are_few(M, N, code)) return multiply({with(few_rows(packed, N, K), row_of(a, 0), M, bias, row_of(c, 0))}, code);
-  const Product work{row_of(a, 0), packed, bias, row_of(c, 0), M, N, K, blocks_of(M, 1, code)};
+  if (are_few(M, N, code)) return multiply(a, few_rows(packed, N, K), bias, c, joined, code);
+  const int64_t blocks = blocks_of(M, 1, code);
+  const Product work{row_of(a, 0), packed, bias, row_of(c, 0), M, N, K, blocks, joined.norm, joined.added};
   hand_out(code.product, work, work.blocks);
 }
 
-inline void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code) {
-  const int64_t M = a.size(0);
-  if (are_few(M, c.size(1), code)) return multiply({with(few_rows(b), row_of(a, 0), M, bias, row_of(c, 0))}, code);
+inline void multiply(const Tensor& a, const Matrix& b, const float* bias, Tensor& c, const Code& code,
+                     const Joined& joined = {}) {
+  if (are_few(a.size(0), c.size(1), code)) return multiply(a, few_rows(b), bias, c, joined, code);
   Tensor packed = empty_floats(a, {packed_size(b.rows, b.columns, code)});
-  multiply(a, pack(b, packed, code), bias, c, code);
+  multiply(a, pack(b, packed, code), bias, c, code, joined);
 }
 
 }  // namespace swin
