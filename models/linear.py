@@ -1,8 +1,11 @@
 """Linear layers on CPUs on which something is faster than PyTorch's default library.
 
 On Intel's with AVX-512 and AMD's without, that is this project's kernels, where they are built (kernels/linear): they
-come nearer to what the processor can do, and compute GELU, forward and backward, while its numbers are in the cache. On
-AMD's with AVX-512, for which the default library was not made and on which nobody has measured the kernels, it is
+come nearer to what the processor can do, and compute GELU, forward and backward, while its numbers are in the cache, in
+inference layer norms and residuals too. They are of float32, and under autocast, without gradients, of bfloat16 where
+the processor has AMX.
+
+On AMD's with AVX-512, for which the default library was not made and on which nobody has measured the kernels, it is
 oneDNN, in half of the default's time. PyTorch has two ways to that. In training it is a 1x1 convolution of data whose
 channels come last, which is the same product, gradients included. In inference it is the operator that torch.compile
 uses, which has no gradient; it computes GELU on the way, and serves one thread as well, for which PyTorch does not give
@@ -104,8 +107,9 @@ def joins(x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> bool:
 
 
 def _may_join(x: Tensor) -> bool:
-    """Not in compiled models, whose compilers join norms and residuals, nor where x is not what layers multiply."""
-    return not torch.compiler.is_compiling() and (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
+    """Whether x is what layers multiply; in compiled models only without gradients, whatever needs them."""
+    compiled_for_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu") and not compiled_for_training
 
 
 def _joins_norm(x: Tensor, norm: nn.Module) -> bool:

@@ -111,7 +111,7 @@ def test_layers_with_norm_and_residual_are_those_of_float64(operators):
     for rows, channels, outputs in ((5, 7, 9), (300, 96, 70), (700, 200, 96)):
         x, residual = (3 * torch.randn(rows, channels) + 1).bfloat16(), torch.randn(rows, outputs).bfloat16()
         norm, weight, bias = torch.randn(2, channels), torch.randn(outputs, channels), torch.randn(outputs)
-        y = operators.forward_joined(x, *norm, 1e-5, weight, bias, residual)
+        y = operators.forward(x, weight, bias, 0, *norm, 1e-5, residual)
         normed = F.layer_norm(x.double(), (channels,), *norm.double(), 1e-5)
         close(y, F.linear(normed, rounded(weight), bias.double()) + residual.double())
 

@@ -236,7 +236,7 @@ def test_layers_with_norm_and_residual_are_those_of_float64(operators, rows, cha
     exact = F.linear(exact, weight.double(), start.double() if bias else None)
     exact = exact + added.double() if residual else exact
     for count in lanes(operators):
-        close(operators.forward_joined(x, *norm, 1e-3, weight, start, added, count), exact)
+        close(operators.forward(x, weight, start, count, *norm, 1e-3, added), exact)
 
 
 @pytest.mark.parametrize("rows, channels", [(2000, 70), (300, 70), (300, 20)])
@@ -471,6 +471,10 @@ def test_opcheck(operators, bias):
     b1, b2 = (part if part is None else part.detach() for part in (b1, b2))
     torch.library.opcheck(compiled.linear_packed, (x, packed1, b1, 5))
     torch.library.opcheck(compiled.mlp_packed, (x, packed1, b1, packed2, b2, 5, 3))
+    norm = torch.randn(4), torch.randn(4), 1e-5
+    torch.library.opcheck(compiled.linear_packed, (x, packed1, b1, 5, *norm, torch.randn(6, 5)))
+    packed3 = compiled.pack_weight(weight.t().contiguous(), 0, widths[1])
+    torch.library.opcheck(compiled.mlp_packed, (x, packed1, b1, packed3, None, 5, 4, *norm, True))
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(compiled.linear_backward, (grad_h, x, weight, *needs))
         torch.library.opcheck(compiled.mlp_backward, (grad, x, hidden, weight, w2, *needs))
@@ -529,6 +533,22 @@ def test_a_block_joins_norms_and_residuals_to_its_layers_in_inference(calls):
         assert not set(JOINED) & set(calls)
         assert torch.isfinite(small_block(act_layer=nn.ReLU)(x)).all()
         assert "residual_mlp" not in calls
+
+
+def test_a_compiled_block_joins_them_too(operators):
+    block, x, graphs = small_block(), torch.randn(2, 49, 24), []
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    fast = torch.compile(block, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), block(x), atol=1e-6, rtol=1e-5)
+    assert graphs[0].count("swin.linear_packed.default") == 2 and graphs[0].count("swin.mlp_packed.default") == 1
+    assert "layer_norm" not in graphs[0]
+    torch.testing.assert_close(fast(x), block(x))  # with gradients
+    assert "layer_norm" in graphs[1]
 
 
 def test_a_block_without_attention_of_ours_is_not_taken_apart(calls):
@@ -666,11 +686,11 @@ def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
     with pytest.raises(RuntimeError, match=r"bias must be contiguous float32 on the CPU, \(2\)"):
         operators.forward(x, weight, torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"a norm has both a weight and a bias, or there is none"):
-        operators.forward_joined(x, torch.ones(4), None, 1e-5, weight, None, None)
+        operators.forward(x, weight, None, 0, torch.ones(4), None, 1e-5)
     with pytest.raises(RuntimeError, match=r"norm_weight must be contiguous float32 on the CPU, \(4\)"):
-        operators.forward_joined(x, torch.ones(3), torch.ones(3), 1e-5, weight, None, None)
+        operators.forward(x, weight, None, 0, torch.ones(3), torch.ones(3), 1e-5)
     with pytest.raises(RuntimeError, match=r"added must be contiguous float32 on the CPU, \(3, 2\)"):
-        operators.forward_joined(x, None, None, 0.0, weight, None, torch.zeros(3, 4))
+        operators.forward(x, weight, None, 0, None, None, 0.0, torch.zeros(3, 4))
     with pytest.raises(RuntimeError, match=r"weight must be contiguous float32 on the CPU, \(\*, 4\)"):
         operators.forward(x, torch.zeros(2, 5), None)
     with pytest.raises(RuntimeError, match=r"weight must not be empty"):
@@ -679,6 +699,9 @@ def test_wrong_biases_gradients_and_layers_are_errors_too(operators):
         operators.pack(torch.zeros(2, 0))
     with pytest.raises(RuntimeError, match=r"packed weight must be contiguous float32 on the CPU, \(32, 4\)"):
         operators.forward_packed(x, weight, None, 2, 4)
+    with pytest.raises(RuntimeError, match=r"a residual has as many channels as x"):
+        w1, w2 = (operators.pack(part, 4) for part in (torch.zeros(5, 4), torch.zeros(2, 5)))
+        operators.mlp_packed(x, w1, None, w2, None, 5, 2, 4, None, None, 0.0, True)
     with pytest.raises(RuntimeError, match=r"packed w2 must be contiguous float32 on the CPU, \(32, 33\)"):
         operators.mlp_packed(x, torch.zeros(64, 4), None, torch.zeros(33, 32), None, 33, 2, 4)
     with pytest.raises(RuntimeError, match=r"grad must be contiguous float32 on the CPU, \(3, 2\)"):

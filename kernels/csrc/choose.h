@@ -38,14 +38,27 @@ inline bool may_use_tiles() {
 #endif
 }
 
-// Whether its vectors convert to bfloat16, which all of those processors do, but not all machines that they pretend to be.
-inline bool converts_to_bfloats() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const bool converts = [] {
+inline bool runs_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+inline bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Whether it also converts vectors to bfloat16, which all of those processors do, but not all machines that pretend to be one.
+inline bool may_use_tiles_of_bfloats() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool may = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));  // AVX512-BF16
+    const bool converts = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));  // AVX512-BF16
+    return converts && runs_avx512() && may_use_tiles();
   }();
-  return converts;
+  return may;
 #else
   return false;
 #endif
@@ -57,14 +70,10 @@ const Code& choose_code(const Code& plain, const Code& avx2, const Code& avx512,
                         const Code* amx = nullptr) {
   std::vector<const Code*> usable{&plain};
 #if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx2 && avx2.lanes) usable.push_back(&avx2);
-  if (has_avx2 && has_avx512 && avx512.lanes) usable.push_back(&avx512);
+  if (runs_avx2() && avx2.lanes) usable.push_back(&avx2);
+  if (runs_avx512() && avx512.lanes) usable.push_back(&avx512);
   const bool wants_tiles = amx && amx->lanes && (lanes == 0 || lanes == amx->lanes);
-  if (has_avx2 && has_avx512 && wants_tiles && may_use_tiles()) usable.push_back(amx);
+  if (wants_tiles && runs_avx512() && may_use_tiles()) usable.push_back(amx);
 #endif
   for (const Code* code : usable)
     if (code->lanes == lanes) return *code;

@@ -6,6 +6,9 @@ rows: GELU is computed there, forward and backward, and only what it is of is ke
 the same bits for any number of threads. Second derivatives are PyTorch's.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,17 +63,31 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None)
 
 def residual_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
     """``x + fc2(F.gelu(fc1(norm(x))))`` on a CPU, without gradients: (..., C) to (..., C)."""
-    parts = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    arguments = (part.contiguous() if isinstance(part, Tensor) else part for part in parts)
-    return torch.ops.swin_linear.residual_mlp(_rows(x), *arguments).view(x.shape)
+    rows = _rows(x)
+    if torch.compiler.is_compiling():
+        packed = _packed(fc1.weight, rows), fc1.bias, _packed(fc2.weight, rows), fc2.bias
+        sizes = fc1.out_features, fc2.out_features
+        y = operators.mlp_packed(rows, *packed, *sizes, norm.weight, norm.bias, norm.eps, residual=True)
+    else:
+        parts = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        y = torch.ops.swin_linear.residual_mlp(rows, *_contiguous(*parts))
+    return y.view(x.shape)
 
 
 def joined_linear(x: Tensor, norm: nn.LayerNorm | None, layer: nn.Linear, residual: Tensor | None = None) -> Tensor:
     """``residual + layer(norm(x))`` on a CPU, without gradients: (..., C) to (..., N); either may be missing."""
-    parts = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    parts = (*parts, layer.weight, layer.bias, None if residual is None else _rows(residual))
-    arguments = (part.contiguous() if isinstance(part, Tensor) else part for part in parts)
-    return torch.ops.swin_linear.forward_joined(_rows(x), *arguments).view(*x.shape[:-1], layer.out_features)
+    rows = _rows(x)
+    joined = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    joined = (*joined, None if residual is None else _rows(residual))
+    if torch.compiler.is_compiling():
+        y = operators.linear_packed(rows, _packed(layer.weight, rows), layer.bias, layer.out_features, *joined)
+    else:
+        y = torch.ops.swin_linear.forward(rows, *_contiguous(layer.weight, layer.bias), 0, *_contiguous(*joined))
+    return y.view(*x.shape[:-1], layer.out_features)
+
+
+def _contiguous(*parts: Any) -> Iterator[Any]:
+    return (part.contiguous() if isinstance(part, Tensor) else part for part in parts)
 
 
 def experts(x: Tensor, counts: list[int], w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:

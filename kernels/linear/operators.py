@@ -61,24 +61,47 @@ def _(weight, lanes, width):
 
 
 @torch.library.custom_op("swin::linear_packed", mutates_args=())
-def linear_packed(x: Tensor, packed: Tensor, bias: Tensor | None, N: int) -> Tensor:
-    """`linear` of a packed weight of N rows."""
-    return torch.ops.swin_linear.forward_packed(x.contiguous(), packed, bias, N)
+def linear_packed(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    N: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    added: Tensor | None = None,
+) -> Tensor:
+    """`linear` of a packed weight of N rows, and of a layer norm of x; plus ``added``, (M, N)."""
+    x, added = x.contiguous(), added if added is None else added.contiguous()
+    return torch.ops.swin_linear.forward_packed(x, packed, bias, N, 0, norm_weight, norm_bias, eps, added)
 
 
 @linear_packed.register_fake
-def _(x, packed, bias, N):
+def _(x, packed, bias, N, norm_weight=None, norm_bias=None, eps=0.0, added=None):
     return x.new_empty(x.shape[0], N)
 
 
 @torch.library.custom_op("swin::mlp_packed", mutates_args=())
-def mlp_packed(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, H: int, N: int) -> Tensor:
-    """`mlp` of packed weights of H and N rows."""
-    return torch.ops.swin_linear.mlp_packed(x.contiguous(), w1, b1, w2, b2, H, N)
+def mlp_packed(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    H: int,
+    N: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    residual: bool = False,
+) -> Tensor:
+    """`mlp` of packed weights of H and N rows, and of a layer norm of x; plus x as a ``residual``."""
+    x, norm = x.contiguous(), (norm_weight, norm_bias, eps)
+    return torch.ops.swin_linear.mlp_packed(x, w1, b1, w2, b2, H, N, 0, *norm, residual)
 
 
 @mlp_packed.register_fake
-def _(x, w1, b1, w2, b2, H, N):
+def _(x, w1, b1, w2, b2, H, N, norm_weight=None, norm_bias=None, eps=0.0, residual=False):
     return x.new_empty(x.shape[0], N)
 
 

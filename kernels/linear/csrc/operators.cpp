@@ -23,26 +23,28 @@ Norm norm_of(const MaybeTensor& weight, const MaybeTensor& bias, double eps, int
   return {numbers_of_bias(weight, "norm_weight", {C}), numbers_of_bias(bias, "norm_bias", {C}), static_cast<float>(eps)};
 }
 
-Tensor forward_joined(const Tensor& x, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
-                      const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& added, int64_t lanes) {
+// What a layer has besides: a norm of x, and what is added to y; or null.
+Joined joined_of(const Tensor& x, int64_t N, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
+                 const MaybeTensor& added) {
+  Joined joined{norm_of(norm_weight, norm_bias, eps, x.size(1)), nullptr};
+  if (!added) return joined;
+  check(*added, "added", {x.size(0), N}, x.scalar_type());
+  joined.added = row_of(*added, 0);
+  return joined;
+}
+
+Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes, const MaybeTensor& norm_weight,
+               const MaybeTensor& norm_bias, double eps, const MaybeTensor& added) {
   check_rows(x);
   const Code& code = choose_for(x, lanes, x.size(0));
   check(weight, "weight", {-1, x.size(1)});
-  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  const int64_t N = weight.size(0), K = weight.size(1);
   require(N > 0 && K > 0, "weight must not be empty");
   const float* start = numbers_of_bias(bias, "bias", {N});
-  Joined joined{norm_of(norm_weight, norm_bias, eps, K), nullptr};
-  if (added) {
-    check(*added, "added", {M, N}, x.scalar_type());
-    joined.added = row_of(*added, 0);
-  }
-  Tensor y = empty(x, {M, N});
+  const Joined joined = joined_of(x, N, norm_weight, norm_bias, eps, added);
+  Tensor y = empty(x, {x.size(0), N});
   multiply(x, Matrix{numbers(weight), N, K, true}, start, y, code, joined);
   return y;
-}
-
-Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t lanes) {
-  return forward_joined(x, {}, {}, 0, weight, bias, {}, lanes);
 }
 
 constexpr int64_t kPadding = 32;  // a multiple of all panels: what is padded has one size for all instruction sets
@@ -65,13 +67,16 @@ Tensor pack_weight(const Tensor& weight, int64_t lanes) {
   return packed;
 }
 
-Tensor forward_packed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t N, int64_t lanes) {
+Tensor forward_packed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t N, int64_t lanes,
+                      const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const MaybeTensor& added) {
   check_rows(x);
   const Code& code = choose_for(x, lanes);
   require(N > 0 && x.size(1) > 0, "weight must not be empty");
   check(weight, "packed weight", packed_sizes(N, x.size(1), code));
+  const float* start = numbers_of_bias(bias, "bias", {N});
+  const Joined joined = joined_of(x, N, norm_weight, norm_bias, eps, added);
   Tensor y = empty(x, {x.size(0), N});
-  multiply(x, numbers(weight), numbers_of_bias(bias, "bias", {N}), y, code);
+  multiply(x, numbers(weight), start, y, code, joined);
   return y;
 }
 
@@ -211,7 +216,8 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, Numbers counts, const Tensor& w1
 }
 
 Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, const Tensor& w2, const MaybeTensor& b2,
-                  int64_t H, int64_t C_out, int64_t lanes) {
+                  int64_t H, int64_t C_out, int64_t lanes, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+                  double eps, bool residual) {
   check_rows(x);
   const Code& code = choose_for(x, lanes);
   const int64_t M = x.size(0), C = x.size(1);
@@ -219,8 +225,10 @@ Tensor mlp_packed(const Tensor& x, const Tensor& w1, const MaybeTensor& b1, cons
   check(w1, "packed w1", packed_sizes(H, C, code));
   check(w2, "packed w2", packed_sizes(C_out, H, code));
   const float *first_bias = numbers_of_bias(b1, "b1", {H}), *second_bias = numbers_of_bias(b2, "b2", {C_out});
+  const Norm norm = norm_of(norm_weight, norm_bias, eps, C);
+  require(!residual || C == C_out, "a residual has as many channels as x");
   Tensor y = empty(x, {M, C_out});
-  const Mlp work{row_of(x, 0), nullptr, nullptr, first_bias, second_bias, nullptr, row_of(y, 0), M, C, H, C_out, 0, {}, false};
+  const Mlp work{row_of(x, 0), nullptr, nullptr, first_bias, second_bias, nullptr, row_of(y, 0), M, C, H, C_out, 0, norm, residual};
   if (!run_few(work, few_rows(numbers(w1), H, C), few_rows(numbers(w2), C_out, H), x, code))
     run_packed(code.mlp, work, numbers(w1), numbers(w2), code);
   return y;
@@ -336,14 +344,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
 STABLE_TORCH_LIBRARY(swin_linear, m) {
   m.def("lanes(Tensor like) -> int");
   m.def("version(Tensor like) -> int");
-  m.def("forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0) -> Tensor");
   m.def(
-      "forward_joined(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias, "
-      "Tensor? added, int lanes=0) -> Tensor");
+      "forward(Tensor x, Tensor weight, Tensor? bias, int lanes=0, Tensor? norm_weight=None, Tensor? norm_bias=None, "
+      "float eps=0.0, Tensor? added=None) -> Tensor");
   m.def("pack(Tensor weight, int lanes=0) -> Tensor");
   m.def("packed_width(int K, int lanes=0) -> int");
-  m.def("forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0) -> Tensor");
-  m.def("mlp_packed(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int H, int N, int lanes=0) -> Tensor");
+  m.def(
+      "forward_packed(Tensor x, Tensor weight, Tensor? bias, int N, int lanes=0, Tensor? norm_weight=None, "
+      "Tensor? norm_bias=None, float eps=0.0, Tensor? added=None) -> Tensor");
+  m.def(
+      "mlp_packed(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int H, int N, int lanes=0, "
+      "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0, bool residual=False) -> Tensor");
   m.def(
       "residual_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, Tensor w1, Tensor? b1, Tensor w2, "
       "Tensor? b2, int lanes=0) -> Tensor");
@@ -362,7 +373,6 @@ STABLE_TORCH_LIBRARY_IMPL(swin_linear, CPU, m) {
   m.impl("lanes", TORCH_BOX(&swin::lanes_of));
   m.impl("version", TORCH_BOX(&swin::version_of));
   m.impl("forward", TORCH_BOX(&swin::forward));
-  m.impl("forward_joined", TORCH_BOX(&swin::forward_joined));
   m.impl("pack", TORCH_BOX(&swin::pack_weight));
   m.impl("forward_packed", TORCH_BOX(&swin::forward_packed));
   m.impl("mlp_packed", TORCH_BOX(&swin::mlp_packed));

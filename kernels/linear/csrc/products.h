@@ -31,7 +31,7 @@ inline int64_t divide(int64_t count, int64_t by) { return (count + by - 1) / by;
 
 inline bool is_of_bfloats(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
-inline bool takes_bfloats() { return kAmxBFloats.lanes && may_use_tiles() && converts_to_bfloats(); }
+inline bool takes_bfloats() { return kAmxBFloats.lanes && may_use_tiles_of_bfloats(); }
 
 // The code of so many lanes, or the one that suits so many rows: fewer do not make up for the parts of a weight.
 inline const Code& choose(int64_t lanes, int64_t rows = kRowsForParts) {
