@@ -100,7 +100,8 @@ class Stage(nn.Module):
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images that go through the blocks together: in inference on a CPU, as many as its caches hold.
 
-        Not where hooks would see parts of the batch, nor for kernels that keep an MLP's values in the cache anyway.
+        Not where hooks would see parts of the batch, nor in float32 for kernels that keep an MLP's values in the cache
+        anyway; in bfloat16 attention gains by it.
         """
         if not runs_plainly() or x.device.type != "cpu":
             return (x,)

@@ -196,7 +196,7 @@ class AttentionBlock(Block):
             return super().add_mixed(x, resolution)
         qkv = kernel.joined_linear(x, self.norm1, attn.qkv).view(B, *resolution, 3 * C)
         y = attn.attend(qkv, self.mask_for(resolution), self.shift_for(resolution))
-        return kernel.joined_linear(y.view(B, L, C), None, attn.proj, residual=x)
+        return kernel.joined_linear(y.reshape(B, L, C), None, attn.proj, residual=x)
 
     def mix_tokens(self, x: Tensor, resolution: Resolution) -> Tensor:
         B, L, C = x.shape

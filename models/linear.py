@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -38,7 +39,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by the kernels or oneDNN where they are faster."""
-    if takes_bfloats(x, weight) and _is_enough(x, weight, 0, False):
+    if takes_bfloats(x, weight, bias) and _is_enough(x, weight, LEAST_WORK, False):
         return kernel.linear(x.to(torch.bfloat16), weight, bias)
     if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
@@ -69,7 +70,7 @@ def fuses_mlp(x: Tensor, fc1: nn.Module, act: nn.Module, drop: nn.Dropout, fc2: 
         and type(drop) is nn.Dropout
         and not (is_hooked(fc2) or is_hooked(drop) or (drop.training and drop.p > 0))
         and _is_linear_gelu(fc1, act)
-        and (takes_kernel(x, fc1.weight, fc2.weight) or takes_bfloats(x, fc1.weight, fc2.weight))
+        and _takes_layers(x, fc1, fc2)
         and _is_enough(x, fc1.weight, LEAST_WORK_OF_MLP, _needs_grad(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias))
     )
 
@@ -83,8 +84,7 @@ def fuses_residual_mlp(
         and _joins_norm(x, norm)
         and passes(drop_path)
         and fuses_mlp(x, fc1, act, drop, fc2)
-        and fc2.out_features == x.shape[-1]
-        and not _needs_grad(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        and fc2.weight.shape[0] == x.shape[-1]
     )
 
 
@@ -99,17 +99,15 @@ def joins(x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> bool:
         _may_join(x)
         and type(layer) is Linear
         and not is_hooked(layer)
-        and (takes_kernel(x, layer.weight) or takes_bfloats(x, layer.weight))
+        and _takes_layers(x, layer)
         and _is_enough(x, layer.weight, LEAST_WORK, False)
-        and not _needs_grad(x, layer.weight, layer.bias)
-        and (norm is None or (_joins_norm(x, norm) and not _needs_grad(norm.weight, norm.bias)))
+        and (norm is None or _joins_norm(x, norm))
     )
 
 
 def _may_join(x: Tensor) -> bool:
-    """Whether x is what layers multiply; in compiled models only without gradients, whatever needs them."""
-    compiled_for_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    return (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu") and not compiled_for_training
+    """Whether there are no gradients, and x is what layers multiply."""
+    return not torch.is_grad_enabled() and (x.dtype == torch.bfloat16) == torch.is_autocast_enabled("cpu")
 
 
 def _joins_norm(x: Tensor, norm: nn.Module) -> bool:
@@ -118,29 +116,38 @@ def _joins_norm(x: Tensor, norm: nn.Module) -> bool:
         and norm.normalized_shape == x.shape[-1:]
         and norm.bias is not None
         and not is_hooked(norm)
-        and _is_on_cpu(x, norm.weight)
+        and _is_on_cpu(x, norm.weight, norm.bias)
     )
 
 
 def passes(drop: nn.Module) -> bool:
     """Whether a layer that drops something in training does nothing now, and nobody watches it."""
-    return not is_hooked(drop) and (type(drop) is nn.Identity or not drop.training)
+    drops = type(drop) in (nn.Dropout, DropPath) and not drop.training
+    return (type(drop) is nn.Identity or drops) and not is_hooked(drop)
 
 
-def takes_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels multiply ``x`` by these weights, in float32."""
-    return all(_is_plain(x, weight) for weight in weights) and kernel_is_faster()
+def _takes_layers(x: Tensor, *layers: nn.Module) -> bool:
+    parts = [part for layer in layers for part in (layer.weight, layer.bias)]
+    return takes_kernel(x, *parts) or takes_bfloats(x, *parts)
 
 
-def takes_bfloats(x: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels multiply ``x`` by these weights in bfloat16: under autocast, without gradients."""
+def takes_kernel(x: Tensor, *parts: Tensor | None) -> bool:
+    """Whether the kernels multiply ``x`` by these weights, with these biases, in float32."""
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _takes(x, *parts)
+
+
+def takes_bfloats(x: Tensor, *parts: Tensor | None) -> bool:
+    """Whether the kernels multiply ``x`` by these weights, with these biases, in bfloat16: without gradients."""
     return (
         autocasts_to_bfloats()
         and not torch.is_grad_enabled()
-        and all(_is_on_cpu(x, weight) for weight in weights)
         and x.dtype in (torch.bfloat16, torch.float32)
-        and kernel_is_faster()
+        and _takes(x, *parts)
     )
+
+
+def _takes(x: Tensor, *parts: Tensor | None) -> bool:
+    return _is_on_cpu(x, *parts) and kernel_is_faster()
 
 
 def autocasts_to_bfloats() -> bool:
@@ -170,9 +177,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor |
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook of a module's own sees what goes in or comes out, or the gradients of either."""
+    """Whether a hook of a module's own sees what goes in or comes out, or the gradients of either; or another forward
+    has been put in the place of its class's."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def runs_plainly() -> bool:
@@ -202,17 +210,24 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and _is_on_cpu(x, weight)
 
 
-def _is_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is a layer with a weight in float32 on a CPU, computed here and now or compiled for it."""
+def _is_on_cpu(x: Tensor, *parts: Tensor | None) -> bool:
+    """Whether x and these weights and biases in float32 are on a CPU, computed here and now or compiled for it."""
     return (
         (torch.compiler.is_compiling() or runs_plainly())
-        and x.device.type == weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.layout == torch.strided
+        and x.device.type == "cpu"
         and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)  # not one that is quantised or sharded
         and x.numel() > 0
-        and weight.numel() > 0
+        and all(part is None or _is_part(part) for part in parts)
+    )
+
+
+def _is_part(part: Tensor) -> bool:
+    return (
+        part.device.type == "cpu"
+        and part.dtype == torch.float32
+        and part.layout == torch.strided
+        and type(part) in (Tensor, nn.Parameter)  # not one that is quantised or sharded
+        and part.numel() > 0
     )
 
 

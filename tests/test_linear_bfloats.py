@@ -154,7 +154,7 @@ def test_what_is_not_finite_shows_where_it_does_in_pytorch(operators, bad, place
 @pytest.mark.parametrize("rows, channels", [(2000, 70), (300, 70), (300, 20)])
 def test_results_are_the_same_bits_for_any_number_of_threads(operators, rows, channels):
     torch.manual_seed(0)
-    layer, x, threads, results = nn.Sequential(Linear(33, channels), Mlp(channels, 250)), torch.randn(rows, 33), [], []
+    layer, x, results = nn.Sequential(Linear(33, channels), Mlp(channels, 250)), torch.randn(rows, 33), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 8, 1):
@@ -181,9 +181,17 @@ def test_wrong_arguments_are_errors_not_crashes(operators, change, message):
     call = {"x": torch.zeros(3, 4).bfloat16(), "w1": torch.zeros(1, 6, 4), "w2": torch.zeros(1, 2, 6), "keep": False}
     with pytest.raises(RuntimeError, match=message):
         operators.mlp(**(call | change), counts=[3], b1=None, b2=None, across=True)
+
+
+def test_gradients_are_of_float32_alone(operators):
+    x, weight, hidden, w2 = torch.zeros(3, 4), torch.zeros(2, 4), torch.zeros(3, 32), torch.zeros(1, 2, 6)
     with pytest.raises(RuntimeError, match=r"x must be contiguous float32 on the CPU, \(\*, \*\)"):
-        x = call["x"]
-        operators.backward(x, x, torch.zeros(2, 4), True, True)
+        operators.backward(x.bfloat16(), x.bfloat16(), weight, True, True)
+    with pytest.raises(RuntimeError, match=r"code of 512 lanes takes other numbers than x"):
+        operators.backward(weight.t().contiguous()[:3], x, weight, True, True, LANES)
+    with pytest.raises(RuntimeError, match=r"code of 512 lanes takes other numbers than x"):
+        arguments = (torch.zeros(3, 2), x, hidden, [3], torch.zeros(1, 6, 4), w2)
+        operators.mlp_backward(*arguments, True, True, True, LANES)
 
 
 # --- Modules and models under autocast --------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ def test_modules_take_what_autocast_takes(calls, dtype):
 
 
 def test_others_compute_what_the_kernels_do_not(calls):
-    """Gradients, other precisions, weights in bfloat16, no rows."""
+    """Gradients, other precisions, weights or biases in bfloat16, no rows."""
     layer, x = Mlp(8, 16), torch.randn(3, 8)
     with autocast():
         layer(x).sum().backward()
@@ -210,6 +218,11 @@ def test_others_compute_what_the_kernels_do_not(calls):
             Linear(8, 4)(x[:0])
     with torch.autocast("cpu", torch.float16), torch.no_grad():
         layer(x)
+    half = copy.deepcopy(layer)
+    half.fc1.bias.data, half.fc2.bias.data = half.fc1.bias.data.bfloat16(), half.fc2.bias.data.bfloat16()
+    with autocast(), torch.no_grad():
+        half(x)
+        half.fc1(x)
     with torch.no_grad():
         layer.bfloat16()(x.bfloat16())
         with autocast():

@@ -247,6 +247,25 @@ def test_results_are_the_same_bits_for_any_number_of_threads(operators, rows, ch
     check_bits_of_threads(layer, list(layer.parameters()), torch.randn(rows, 33))
 
 
+@pytest.mark.parametrize("rows", [49, 300, 2000])
+def test_norms_and_residuals_are_the_same_bits_for_any_number_of_threads(operators, rows):
+    """Which decides whether a weight's panels are packed on the way: the same arithmetic in other code."""
+    torch.manual_seed(0)
+    x, norm, before = torch.randn(rows, 96), (*torch.randn(2, 96), 1e-5), torch.get_num_threads()
+    w1, b1, w2, b2, other = (torch.randn(size) / 10 for size in ((384, 96), 384, (96, 384), 96, (96, 96)))
+    try:
+        for count in lanes(operators):
+            results = []
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                y = operators.residual_mlp(x, *norm, w1, b1, w2, b2, count)
+                results.append((y, operators.forward(x, other, b2, count, *norm, x)))
+            for others in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True)), count
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 8, 32])
 def test_threads_may_be_more_than_there_is_work_for(operators, threads):
     """Blocks of rows are not cut below a tile of any instruction set, for many threads or for wide hidden layers."""
@@ -569,6 +588,62 @@ def test_a_block_without_attention_of_ours_is_not_taken_apart(calls):
             calls.clear()
             torch.testing.assert_close(block.add_mixed(x, (7, 7)), expected)
         assert "joined_linear" not in calls
+
+
+def test_a_block_of_which_only_the_bias_table_is_trained_is_not_taken_apart(calls):
+    block, x = small_block().requires_grad_(False), torch.randn(2, 49, 24)
+    table = block.attn.relative_position_bias_table.requires_grad_()
+    block(x).square().sum().backward()
+    assert table.grad.norm() > 0 and "joined_linear" not in calls
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference", "window_process"])
+def test_padded_maps_are_the_same(operators, monkeypatch, backend):
+    monkeypatch.setattr(cpu, "PROBLEM", "not here")
+    torch.manual_seed(0)
+    block = SwinTransformerBlock(24, (9, 10), 3, window_size=7, pad_maps=True).eval()
+    block.attn.backend = backend
+    x = torch.randn(2, 90, 24)
+    with torch.no_grad():
+        y = block(x)
+    torch.testing.assert_close(y, block(x), atol=1e-5, rtol=1e-5)  # with gradients
+
+
+class Louder(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", ["attn.proj_drop", "drop_path"])
+def test_what_stands_in_for_a_layer_that_drops_is_not_left_out(operators, name):
+    block, x = small_block(), torch.randn(2, 49, 24)
+    plain = block(x)
+    block.set_submodule(name, Louder())
+    with torch.no_grad():
+        y = block(x)
+    torch.testing.assert_close(y, block(x), atol=1e-5, rtol=1e-5)  # with gradients
+    assert not torch.allclose(y, plain)
+
+
+@pytest.mark.parametrize("name", ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
+def test_a_forward_in_the_place_of_its_class_s_is_taken(operators, name):
+    block, x = small_block(), torch.randn(2, 49, 24)
+    module = block.get_submodule(name)
+    plain, own = block(x), module.forward
+    module.forward = lambda *args: 2 * own(*args)
+    with torch.no_grad():
+        y = block(x)
+    torch.testing.assert_close(y, block(x), atol=1e-5, rtol=1e-5)  # with gradients
+    assert not torch.allclose(y, plain)
+
+
+def test_layers_are_as_wide_as_their_weights(operators):
+    """Not as their attributes say, which pruning leaves as they were."""
+    layer, norm, x = Linear(8, 6), nn.LayerNorm(8), torch.randn(5, 8)
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:4]), nn.Parameter(layer.bias[:4])
+    with torch.no_grad():
+        y = module.normed_linear(x, norm, layer)
+    torch.testing.assert_close(y, F.linear(norm(x), layer.weight, layer.bias))
 
 
 def test_merging_patches_joins_its_norm(calls):

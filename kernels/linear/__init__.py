@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import operators
 
 INSTALL = "pip install ./kernels/linear --no-build-isolation"
-VERSION = 5  # of the extension: it takes bfloat16
+VERSION = 6  # of the extension: it takes bfloat16, norms and residuals
 
 try:
     import swin_linear  # noqa: F401 - loads the operators
@@ -66,7 +66,7 @@ def residual_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear) 
     rows = _rows(x)
     if torch.compiler.is_compiling():
         packed = _packed(fc1.weight, rows), fc1.bias, _packed(fc2.weight, rows), fc2.bias
-        sizes = fc1.out_features, fc2.out_features
+        sizes = fc1.weight.shape[0], fc2.weight.shape[0]
         y = operators.mlp_packed(rows, *packed, *sizes, norm.weight, norm.bias, norm.eps, residual=True)
     else:
         parts = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
@@ -80,10 +80,10 @@ def joined_linear(x: Tensor, norm: nn.LayerNorm | None, layer: nn.Linear, residu
     joined = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     joined = (*joined, None if residual is None else _rows(residual))
     if torch.compiler.is_compiling():
-        y = operators.linear_packed(rows, _packed(layer.weight, rows), layer.bias, layer.out_features, *joined)
+        y = operators.linear_packed(rows, _packed(layer.weight, rows), layer.bias, layer.weight.shape[0], *joined)
     else:
         y = torch.ops.swin_linear.forward(rows, *_contiguous(layer.weight, layer.bias), 0, *_contiguous(*joined))
-    return y.view(*x.shape[:-1], layer.out_features)
+    return y.view(*x.shape[:-1], layer.weight.shape[0])
 
 
 def _contiguous(*parts: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ int64_t lanes_of(const Tensor& like) {
 }
 
 // Raised where callers rely on what older builds do not have.
-int64_t version_of(const Tensor&) { return 5; }
+int64_t version_of(const Tensor&) { return 6; }
 
 Norm norm_of(const MaybeTensor& weight, const MaybeTensor& bias, double eps, int64_t C) {
   require(weight.has_value() == bias.has_value(), "a norm has both a weight and a bias, or there is none");
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   check(x, "x", {-1, -1});
   check(weight, "weight", {-1, K});
   check(grad, "grad", {M, N});
-  const Code& code = choose(lanes, M);
+  const Code& code = choose_for(x, lanes, M);
   require(N > 0 && K > 0, "weight must not be empty");
   Tensor grad_x = empty(x, {needs_x ? M : 0, K}), grad_w = empty(x, {needs_weight ? N : 0, K});
   Tensor grad_b = empty(x, {needs_weight ? N : 0});
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& gr
   const Sizes sizes = check_mlp(x, counts, w1, w2, across);
   const auto [M, E, C, H, C_out, _] = sizes;
   check(x, "x", {M, C});
-  const Code& code = choose(lanes, M / std::max<int64_t>(E, 1));
+  const Code& code = choose_for(x, lanes, M / std::max<int64_t>(E, 1));
   check(h, "h", {M, padded(H)});
   check(grad, "grad", {M, C_out});
   const int64_t experts = needs_weights ? E : 0;

@@ -42,7 +42,7 @@ inline const Code& choose(int64_t lanes, int64_t rows = kRowsForParts) {
 // The same for rows in x.
 inline const Code& choose_for(const Tensor& x, int64_t lanes, int64_t rows = kRowsForParts) {
   const bool of_bfloats = is_of_bfloats(x);
-  require(!of_bfloats || takes_bfloats(), "bfloat16 needs a processor with AMX, and GCC");
+  require(!of_bfloats || takes_bfloats(), "bfloat16 needs a processor with AMX and AVX512-BF16, Linux and GCC");
   const Code& code = choose(of_bfloats && lanes == 0 ? kAmxBFloats.lanes : lanes, rows);
   require(of_bfloats == (&code == &kAmxBFloats), "code of " + std::to_string(code.lanes) + " lanes takes other numbers than x");
   return code;
