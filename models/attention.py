@@ -9,6 +9,7 @@ is correct and, on a GPU, what a `trial` has found to be the fastest.
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -357,23 +358,25 @@ class AttentionBase(nn.Module):
             check_window(tuple(x.shape[1:3]), self.window_size)
         if self._gathers(x):
             return self._forward_gathered(x, mask, to_2tuple(shift_size))
-        x = self.attend(self.packed_qkv(x), mask, shift_size)
+        # Not by `attend`: within one more function PyTorch's compiler has a longer error for tangents, which it lacks.
+        x = window_attention(self.packed_qkv(x), self.position_bias(), mask, **self._arguments(shift_size))
         return self.proj_drop(self.proj(x))
 
     def attend(self, qkv: Tensor, mask: Tensor | None, shift_size: Pair) -> Tensor:
         """`forward` of maps between its linear layers: (B, H, W, 3C) to (B, H, W, C)."""
-        return window_attention(
-            qkv,
-            self.position_bias(),
-            mask,
-            num_heads=self.num_heads,
-            window_size=self.window_size,
-            shift_size=shift_size,
-            scale=self.scale,
-            logit_scale=self.cosine_scale(),
-            dropout_p=self.dropout_p,
-            backend=self.backend,
-        )
+        return window_attention(qkv, self.position_bias(), mask, **self._arguments(shift_size))
+
+    def _arguments(self, shift_size: Pair) -> dict[str, Any]:
+        """Those of `window_attention` for windows with this shift."""
+        return {
+            "num_heads": self.num_heads,
+            "window_size": self.window_size,
+            "shift_size": shift_size,
+            "scale": self.scale,
+            "logit_scale": self.cosine_scale(),
+            "dropout_p": self.dropout_p,
+            "backend": self.backend,
+        }
 
     def may_be_taken_apart(self, x: Tensor) -> bool:
         """Whether `attend` between ``qkv`` and ``proj`` is all that `forward` does with maps x, and nobody watches."""

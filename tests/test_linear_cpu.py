@@ -468,7 +468,7 @@ def test_a_compiled_tangent_of_attention_is_an_error_of_pytorchs_not_zero(reques
     extensions.load(request, ROOT / "kernels" / "window_attention")
     monkeypatch.setattr(cpu, "PROBLEM", "")
     layer, x = WindowAttention(16, 4, 2), torch.randn(1, 8, 8, 16)
-    with pytest.raises(RuntimeError, match=r"forward AD|is not differentiable"):
+    with pytest.raises(NotImplementedError, match="forward AD"):
         torch.compile(lambda y: torch.func.jvp(layer, (y,), (x,))[1], backend="eager")(x)
 
 

@@ -44,24 +44,7 @@ inline Vector pairs_of(Vector x, Vector y) {
   return pairs;
 }
 
-// f of some columns of rows, as so many terms of their tiles, which are `size` apart. f(x, row, column, count) gets up to
-// a vector's numbers of a row, zeros after them.
-template <typename T, typename F>
-inline void pack_tiles(int64_t first, int64_t last, int64_t columns, const T* from, int64_t from_row, float* tiles,
-                       int64_t size, F f) {
-  from += first * from_row;
-  for (int64_t i = first; i < last; ++i, from += from_row) {
-    float* row = tiles + i / TILE * size + i % TILE * LANES;
-    for (int64_t k = 0; k < columns; k += kTermsOfBlock, row += kBlock) {
-      const auto numbers = [&](int64_t t) {
-        const int64_t count = columns - t < LANES ? columns - t : LANES;
-        return count > 0 ? f(load_some(from + t, count), i, t, count) : Vector{};
-      };
-      const Vector x = numbers(k);
-      store(row, pairs_of(x, numbers(k + LANES)));
-    }
-  }
-}
+inline void store_pairs(Vector x, Vector y, float* row) { store(row, pairs_of(x, y)); }
 
 // A block of a panel, of some terms and columns that lie at column * b_column + term; ALL of them, or fewer.
 template <bool ALL>

@@ -41,24 +41,6 @@ inline void store_pairs(Vector x, Vector y, float* row) {
   }
 }
 
-// f of some columns of rows, as so many terms of their tiles, which are `size` apart. f(x, row, column, count) gets up to
-// a vector's numbers of a row, zeros after them.
-template <typename F>
-inline void pack_tiles(int64_t first, int64_t last, int64_t columns, const float* from, int64_t from_row, float* tiles,
-                       int64_t size, F f) {
-  from += first * from_row;
-  for (int64_t i = first; i < last; ++i, from += from_row) {
-    float* row = tiles + i / TILE * size + i % TILE * LANES;
-    for (int64_t k = 0; k < columns; k += kTermsOfBlock, row += kBlock) {
-      const auto numbers = [&](int64_t t) {
-        const int64_t count = columns - t < LANES ? columns - t : LANES;
-        return count > 0 ? f(load_some(from + t, count), i, t, count) : Vector{};
-      };
-      store_pairs(numbers(k), numbers(k + LANES), row);
-    }
-  }
-}
-
 // A block's 16 numbers of 32 rows, those of the rows and of the numbers exchanged, into a register of each part.
 inline void store_transposed(Vector (&rows)[2 * LANES], float* to) {
   transpose_block(rows);

@@ -1,6 +1,25 @@
-// Products of packed matrices in AMX's tile registers: registers 0 to 3 hold sums, of the upper 16 rows both halves of the
-// columns, then of the lower ones. Needs multiply_block<H, EXCHANGED>(a, b, next, step), which adds a block's products, of H
-// halves of the rows, and calls `step` kSteps times. No include guard, as of vector.h.
+// Tiles for AMX's registers, and their products: registers 0 to 3 hold sums, of the upper 16 rows both halves of the columns,
+// then of the lower ones. Needs store_pairs(x, y, row), which stores 32 terms of a row, and multiply_block<H, EXCHANGED>(a, b,
+// next, step), which adds a block's products, of H halves of the rows, and calls `step` kSteps times. No include guard, as of
+// vector.h.
+
+// f of some columns of rows, as so many terms of their tiles, which are `size` apart. f(x, row, column, count) gets up to
+// a vector's numbers of a row, zeros after them.
+template <typename T, typename F>
+inline void pack_tiles(int64_t first, int64_t last, int64_t columns, const T* from, int64_t from_row, float* tiles,
+                       int64_t size, F f) {
+  from += first * from_row;
+  for (int64_t i = first; i < last; ++i, from += from_row) {
+    float* row = tiles + i / TILE * size + i % TILE * LANES;
+    for (int64_t k = 0; k < columns; k += kTermsOfBlock, row += kBlock) {
+      const auto numbers = [&](int64_t t) {
+        const int64_t count = columns - t < LANES ? columns - t : LANES;
+        return count > 0 ? f(load_some(from + t, count), i, t, count) : Vector{};
+      };
+      store_pairs(numbers(k), numbers(k + LANES), row);
+    }
+  }
+}
 
 // Brings cache lines nearer, a few at each step: those of c, to be written, and those ahead.
 class Fetch {
